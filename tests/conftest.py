@@ -1,0 +1,67 @@
+"""Checkpoints that the whole suite shares."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dsv4tools.synthetic import FLASH, TINY, write_checkpoint, write_sparse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SMALL = replace(TINY, layers=3, experts=4, lead_ratios=(0, 4, 128), hash_layers=1, draft_blocks=0)
+"""One layer of each kind and no draft: what most tests need."""
+
+TINY_6E = replace(TINY, layers=5, experts=12, experts_per_token=6)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The directory of expected values."""
+    return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_6e(tmp_path_factory) -> Path:
+    """The checkpoint that the files tests/data/tiny-6e.* were made from. Not to be changed."""
+    return write_checkpoint(tmp_path_factory.mktemp("shared") / "tiny-6e", TINY_6E, seed=1101)
+
+
+@pytest.fixture(scope="session")
+def flash_sparse(tmp_path_factory) -> Path:
+    """A checkpoint of full size whose tensors are holes. Not to be changed, not to be read through."""
+    return write_sparse(tmp_path_factory.mktemp("shared") / "flash", FLASH)
+
+
+@pytest.fixture(scope="session")
+def _written(tmp_path_factory) -> Callable[..., Path]:
+    """`write_checkpoint` that writes each variant once."""
+    made: dict[object, Path] = {}
+
+    def write(**arguments) -> Path:
+        key = tuple(sorted(arguments.items()))
+        if key not in made:
+            made[key] = write_checkpoint(tmp_path_factory.mktemp("written") / "checkpoint", **arguments)
+        return made[key]
+
+    return write
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path, _written) -> Callable[..., Path]:
+    """Factory of small checkpoints that a test may change.
+
+    ``make_checkpoint(name="checkpoint", seed=0, shards=2, merges_form="strings", **fields_of_Shape)`` returns
+    ``tmp_path / name``. Variants are written once and copied after that.
+    """
+
+    def make(name="checkpoint", *, seed=0, shards=2, merges_form="strings", **fields) -> Path:
+        source = _written(shape=replace(SMALL, **fields), seed=seed, shards=shards, merges_form=merges_form)
+        return Path(shutil.copytree(source, tmp_path / name))
+
+    return make
