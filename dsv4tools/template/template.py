@@ -1,0 +1,156 @@
+"""A template: everything a GGUF says before its weights, derived from a checkpoint, or taken from a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsv4tools.errors import InputError
+from dsv4tools.gguf.reader import open_gguf
+from dsv4tools.gguf.values import KV
+from dsv4tools.template.metadata import general_entries, model_entries, tokenizer_entries
+from dsv4tools.template.symbols import model_sizes
+from dsv4tools.template.tables import load_tables
+from dsv4tools.template.tensors import TemplateTensor, derive_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from dsv4tools.checkpoint import Checkpoint
+    from dsv4tools.formats.table import Format
+    from dsv4tools.gguf.reader import GgufFile
+
+# Entries that a conversion decides anew; a template file's own are dropped.
+_RENEWED = ("general.file_type", "general.quantization_version", "general.quantized_by", "quantize.imatrix.", "dsv4tools.")
+
+
+@dataclass(frozen=True)
+class Template:
+    """Ordered metadata and ordered tensors, without types: those are the policy's.
+
+    Attributes
+    ----------
+    kvs:
+        Metadata entries in file order, without those that depend on the policy.
+    tensors:
+        In file order.
+    alignment:
+        Of the data section and every tensor, bytes.
+    left_out:
+        Pattern of source tensors left out on purpose -> how many there are.
+    file_formats:
+        The types in the template file by tensor name; empty where none was given.
+    notes:
+        What was changed in a template file to fit, one sentence each.
+    """
+
+    kvs: tuple[KV, ...]
+    tensors: tuple[TemplateTensor, ...]
+    alignment: int
+    left_out: Mapping[str, int]
+    file_formats: Mapping[str, Format] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def derive_template(checkpoint: Checkpoint) -> Template:
+    """The template of a checkpoint, by templates/deepseek4.toml; errors of `derive_tensors` and `read_vocabulary`."""
+    tables = load_tables()
+    tensors, left_out = derive_tensors(checkpoint, tables)
+    kvs = [
+        *general_entries(checkpoint, tables, tensors),
+        *model_entries(checkpoint.config, tables, model_sizes(checkpoint.config)),
+        *tokenizer_entries(checkpoint.vocabulary),
+    ]
+    return Template(tuple(kvs), tensors, tables.alignment, left_out)
+
+
+def apply_template_file(derived: Template, path: Path) -> Template:
+    """`derived`, with tensor order, metadata and tokenizer of the GGUF `path` (header-only or whole).
+
+    What the checkpoint implies must not be contradicted: every model value and every shape in the file is compared.
+    Model keys are written with the checkpoint's types whatever type the file has them in, and keys that the file
+    lacks are added; both are noted.
+
+    Raises
+    ------
+    InputError
+        The file is no GGUF, its tensors or shapes are not the checkpoint's, or a value contradicts it.
+    """
+    with open_gguf(path, template=True) as file:
+        tensors = _order_tensors(derived, file)
+        kvs, notes = _merge_entries(derived, file)
+        formats = {name: t.format for name, t in file.tensors.items()}
+        return replace(derived, kvs=tuple(kvs), tensors=tensors, alignment=file.alignment, file_formats=formats,
+                       notes=tuple(notes))
+
+
+def _order_tensors(derived: Template, file: GgufFile) -> tuple[TemplateTensor, ...]:
+    ours = {t.name: t for t in derived.tensors}
+    problems = []
+    missing = [n for n in ours if n not in file.tensors]
+    extra = [n for n in file.tensors if n not in ours]
+    if missing:
+        problems.append(f"lacks {len(missing)} tensors of the checkpoint: {', '.join(missing)}")
+    if extra:
+        problems.append(f"has {len(extra)} tensors that the checkpoint does not give: {', '.join(extra)}")
+    problems += [
+        f"tensor {name!r} is {list(file.tensors[name].ne)}, the checkpoint gives {list(t.ne)}"
+        for name, t in ours.items() if name in file.tensors and file.tensors[name].ne != t.ne
+    ]
+    if problems:
+        raise InputError(file.path, "; ".join(problems), hint="use a template of the same model, or none")
+    return tuple(ours[name] for name in file.tensors)
+
+
+def _merge_entries(derived: Template, file: GgufFile) -> tuple[list[KV], list[str]]:
+    ours = {kv.key: kv for kv in derived.kvs}
+    architecture = ours["general.architecture"].value
+    if file.value("general.architecture") != architecture:
+        raise InputError(f"{file.path}: key 'general.architecture'",
+                         f"is {file.value('general.architecture')!r}, the checkpoint is {architecture!r}")
+    has_tokenizer = "tokenizer.ggml.tokens" in file.kvs
+    if has_tokenizer:
+        n_tokens, n_vocab = len(file.value("tokenizer.ggml.tokens")), len(ours["tokenizer.ggml.tokens"].value)
+        if n_tokens != n_vocab:
+            raise InputError(f"{file.path}: key 'tokenizer.ggml.tokens'",
+                             f"has {n_tokens} tokens, the checkpoint's vocabulary has {n_vocab}")
+    merged, notes = [], []
+    for key, kv in file.kvs.items():
+        if key.startswith(_RENEWED):
+            continue
+        if key.startswith(f"{architecture}.") and key in ours:
+            own = ours[key]
+            if not _agree(kv.value, own.value):
+                raise InputError(f"{file.path}: key {key!r}",
+                                 f"is {_shown(kv.value)}, the checkpoint says {_shown(own.value)}")
+            if (kv.type, kv.item_type) != (own.type, own.item_type):
+                notes.append(f"{key} written as {own.item_type or own.type}, the template file has {kv.item_type or kv.type}")
+            merged.append(own)
+        else:
+            merged.append(kv)
+    for key, own in ours.items():
+        wanted = key.startswith(f"{architecture}.") or (key.startswith("tokenizer.") and not has_tokenizer)
+        if wanted and key not in file.kvs:
+            merged.append(own)
+            notes.append(f"{key} added, the template file lacks it")
+    return merged, notes
+
+
+def _agree(theirs: Any, ours: Any) -> bool:  # noqa: ANN401  - metadata values are of any type
+    if isinstance(ours, (list, tuple)):
+        if isinstance(theirs, (str, bytes, int, float, bool)):
+            return False
+        # compress_ratios may stop at the last layer: the entries behind it belong to draft blocks.
+        short, long = list(theirs), list(ours)
+        return len(short) <= len(long) and not any(long[len(short):]) and all(map(_agree, short, long))
+    if isinstance(ours, float) and not isinstance(theirs, (str, bool)):
+        return bool(np.float32(theirs) == np.float32(ours))
+    return bool(isinstance(theirs, (bool, np.bool_)) == isinstance(ours, bool) and theirs == ours)
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401  - metadata values are of any type
+    text = str(value.tolist() if isinstance(value, np.ndarray) else value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,136 @@
+"""The tensors of a GGUF, derived from a checkpoint: names, shapes and which source matrices each is made of.
+
+Every tensor of the checkpoint is either used or left out by a rule that says why; anything unclaimed or missing is an
+error that lists all of it, because each would be a silent fault in a file of 150 GB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from dsv4tools.checkpoint.matrix import Matrix, bind_matrix, scale_name
+from dsv4tools.errors import InputError
+from dsv4tools.template.symbols import layer_sizes, model_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dsv4tools.checkpoint import Checkpoint
+    from dsv4tools.template.tables import ModelTables, TensorRow
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateTensor:
+    """One tensor of the GGUF.
+
+    Attributes
+    ----------
+    name:
+        Its GGUF name.
+    ne:
+        Dimensions, fastest first.
+    sources:
+        The source matrices, stacked in this order: one, or one per expert.
+    layer:
+        Its layer, None for tensors of the whole model.
+    """
+
+    name: str
+    ne: tuple[int, ...]
+    sources: tuple[Matrix, ...]
+    layer: int | None
+
+    @property
+    def holds_integers(self) -> bool:
+        """Whether it is a routing table (I32), not weights."""
+        return self.sources[0].kind is None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a policy chooses its type: vectors stay F32, routing tables I32."""
+        return len(self.ne) > 1 and not self.holds_integers
+
+    @property
+    def source_bytes(self) -> int:
+        """Stored bytes of all sources, scales included."""
+        return sum(matrix.n_bytes for matrix in self.sources)
+
+
+def derive_tensors(checkpoint: Checkpoint, tables: ModelTables) -> tuple[tuple[TemplateTensor, ...], dict[str, int]]:
+    """All tensors in file order, and how many source tensors each left-out rule claimed (pattern -> count).
+
+    Raises
+    ------
+    InputError
+        Source tensors that are missing or that nothing claims (all are listed), a layer of unknown kind, or a
+        matrix whose shape, dtype or scale is not what config.json implies.
+    """
+    config = checkpoint.config
+    for layer in range(config.num_hidden_layers):
+        if config.compress_ratios[layer] not in tables.overlaps:
+            raise InputError(f"{checkpoint.directory / 'config.json'}: key 'compress_ratios'",
+                             f"layer {layer} has ratio {config.compress_ratios[layer]}, an unknown layer kind",
+                             hint=f"known are {', '.join(map(str, tables.overlaps))}")
+    rows = [(row, layer, shape, _source_names(row, layer, config.n_routed_experts))
+            for row, layer, shape in _expand(checkpoint, tables)]
+    left_out = _check_claims(checkpoint, tables, [name for *_, names in rows for name in names])
+    tensors = []
+    for row, layer, shape, names in rows:
+        one = shape[1:] if row.is_stacked else shape
+        sources = tuple(bind_matrix(checkpoint.tensors, n, one, config.weight_block_size) for n in names)
+        for matrix in sources:
+            if (matrix.kind is None) != row.integers:
+                raise InputError(matrix.weight.where, f"has dtype {matrix.weight.dtype}, expected "
+                                 f"{'I64 expert ids' if row.integers else 'weights'}")
+        tensors.append(TemplateTensor(row.name.format(layer=layer), shape[::-1], sources, layer))
+    return tuple(tensors), left_out
+
+
+def _expand(checkpoint: Checkpoint, tables: ModelTables) -> Iterator[tuple[TensorRow, int | None, tuple[int, ...]]]:
+    """Each row with each of its layers and its shape there: model tensors first, then layer by layer."""
+    config = checkpoint.config
+    sizes = model_sizes(config)
+    for row in tables.tensors:
+        if row.layers is None:
+            yield row, None, tuple(sizes[s] for s in row.shape)
+    for layer in range(config.num_hidden_layers):
+        here = sizes | layer_sizes(config, layer, tables.overlaps)
+        for row in tables.tensors:
+            if row.layers is not None and tables.layer_kinds[row.layers].has(config, layer):
+                yield row, layer, tuple(here[s] for s in row.shape)
+
+
+def _source_names(row: TensorRow, layer: int | None, n_experts: int) -> list[str]:
+    if not row.is_stacked:
+        return [row.source.format(layer=layer)]
+    return [row.source.format(layer=layer, expert=e) for e in range(n_experts)]
+
+
+def _check_claims(checkpoint: Checkpoint, tables: ModelTables, names: list[str]) -> dict[str, int]:
+    wanted = set(names)
+    present = checkpoint.tensors
+    missing = [n for n in names if n not in present]
+    missing += [scale_name(n) for n in names if n in present and present[n].dtype in ("F8_E4M3", "I8", "F4", "U8")
+                and scale_name(n) not in present]
+    claimed = wanted | {scale_name(n) for n in names if n.endswith(".weight")}
+    left_out = dict.fromkeys((rule.tensors for rule in tables.left_out), 0)
+    unclaimed = []
+    for name in present:
+        if name in claimed:
+            continue
+        rule = next((r.tensors for r in tables.left_out if fnmatchcase(name, r.tensors)), None)
+        if rule is None:
+            unclaimed.append(name)
+        else:
+            left_out[rule] += 1
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {', '.join(missing)}")
+    if unclaimed:
+        problems.append(f"{len(unclaimed)} that nothing uses: {', '.join(unclaimed)}")
+    if problems:
+        raise InputError(checkpoint.directory, f"source tensors {'; '.join(problems)}",
+                         hint="config.json and shards do not describe the same model")
+    return left_out
