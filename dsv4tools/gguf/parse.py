@@ -10,8 +10,8 @@ import numpy as np
 from dsv4tools.errors import InputError
 from dsv4tools.formats.table import BY_ID, REMOVED_IDS
 from dsv4tools.gguf import rules
-from dsv4tools.gguf.files import read_into
 from dsv4tools.gguf.header import TensorInfo
+from dsv4tools.gguf.regular import read_into
 from dsv4tools.gguf.rules import Fault, pad
 from dsv4tools.gguf.values import KV
 from dsv4tools.gguf.window import HeaderWindow, Unreadable

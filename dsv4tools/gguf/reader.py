@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from dsv4tools.errors import InputError, UsageError
-from dsv4tools.gguf.files import open_regular, read_into
 from dsv4tools.gguf.parse import Finding, parse_header
+from dsv4tools.gguf.regular import open_regular, read_into
 from dsv4tools.gguf.rules import DEFAULT_ALIGNMENT
 
 if TYPE_CHECKING:

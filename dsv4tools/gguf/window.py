@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4tools.gguf.files import read_into
+from dsv4tools.gguf.regular import read_into
 from dsv4tools.gguf.rules import MAX_HEADER_BYTES, Fault
 from dsv4tools.gguf.values import VALUE_TYPE_BY_ID, ValueType
 

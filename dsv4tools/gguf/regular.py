@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from dsv4tools.errors import InputError, ResourceError
+from dsv4tools.files import pread_into
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-_MAX_READ = 1 << 30                # Linux moves at most 2 GiB - 4 KiB per call, macOS 2 GiB - 1
-_HAS_PREADV = hasattr(os, "preadv")  # macOS before 11 lacks it
+_MAX_READ = 1 << 30  # Linux moves at most 2 GiB - 4 KiB per call, macOS 2 GiB - 1
 
 
 def open_regular(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -27,20 +24,20 @@ def open_regular(path: str | os.PathLike[str]) -> tuple[int, int]:
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe put there after the look must not block the open
     try:
-        _refuse_irregular(path, os.stat(path))  # noqa: PTH116  - os.PathLike, bytes and all
+        _refuse_irregular(path, Path(path).stat())
         fd = os.open(path, flags)
-        status = os.fstat(fd)
+        try:
+            status = os.fstat(fd)
+            _refuse_irregular(path, status)
+        except BaseException:
+            os.close(fd)
+            raise
     except FileNotFoundError:
         raise InputError(path, "no such file") from None
     except ValueError as error:  # a zero byte in the path
         raise InputError(repr(path), str(error)) from None
     except OSError as error:
         raise ResourceError(path, f"cannot be opened: {error.strerror or error}") from None
-    try:
-        _refuse_irregular(path, status)
-    except InputError:
-        os.close(fd)
-        raise
     return fd, status.st_size
 
 
@@ -57,7 +54,7 @@ def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
     while done < len(view):
         part = view[done : done + _MAX_READ]
         try:
-            n = _pread_into(fd, part, offset + done)
+            n = pread_into(fd, part, offset + done)
         except OSError as error:
             raise ResourceError(path, f"reading at byte {offset + done} failed: {error.strerror or error}") from None
         if n == 0:
@@ -65,11 +62,3 @@ def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
                 path, f"ends at byte {offset + done}, expected {offset + len(view)}; it shrank while it was read"
             )
         done += n
-
-
-def _pread_into(fd: int, view: memoryview, offset: int) -> int:
-    if _HAS_PREADV:
-        return os.preadv(fd, [view], offset)
-    data = os.pread(fd, len(view), offset)
-    view[: len(data)] = data
-    return len(data)
