@@ -1,0 +1,126 @@
+"""F32, F16 and BF16: encoders, decoders, and the decoder of every source format to float32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dsv4tools.formats.bits import (
+    bf16_to_float,
+    bits_float,
+    f16_to_float,
+    float_bits,
+    float_to_bf16,
+    float_to_f16,
+    load_u16,
+    load_u32,
+    store_u16,
+    store_u32,
+)
+from dsv4tools.formats.compile import helper, kernel
+from dsv4tools.formats.tiles import (
+    DECODE,
+    DECODE_SOURCE,
+    ENCODE,
+    N_TARGET,
+    TARGET_OVERFLOW,
+    encode_tiles,
+    load_tile,
+    note_fault,
+    note_source_faults,
+)
+
+if TYPE_CHECKING:
+    from dsv4tools.formats.tiles import Bytes, Floats, FaultSlots, Shape
+
+_TILE = 4096
+
+
+@helper
+def _to_f32(
+    tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
+) -> None:
+    for i in range(count):
+        store_u32(out, at + 4 * i, float_bits(tile[i]))
+
+
+@helper
+def _to_f16(
+    tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
+) -> None:
+    largest = 0
+    for i in range(count):
+        half = float_to_f16(tile[i])
+        largest = max(largest, half & 0x7FFF)
+        store_u16(out, at + 2 * i, half)
+    if largest >= 0x7C00:
+        _note_overflow(out, count, first, at, 0x7C00, faults)
+
+
+@helper
+def _to_bf16(
+    tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
+) -> None:
+    largest = 0
+    for i in range(count):
+        bits = float_to_bf16(tile[i])
+        largest = max(largest, bits & 0x7FFF)
+        store_u16(out, at + 2 * i, bits)
+    if largest >= 0x7F80:
+        _note_overflow(out, count, first, at, 0x7F80, faults)
+
+
+@helper
+def _note_overflow(out: Bytes, count: int, first: int, at: int, infinity: int, faults: FaultSlots) -> None:
+    for i in range(count):
+        if load_u16(out, at + 2 * i) & 0x7FFF == infinity:
+            note_fault(faults, N_TARGET, TARGET_OVERFLOW, first + i, 1)
+
+
+@kernel(ENCODE)
+def encode_f32(
+    kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
+) -> None:
+    encode_tiles(_to_f32, _TILE, 1, 4, kind, shape, data, scales, importance, out, faults)
+
+
+@kernel(ENCODE)
+def encode_f16(
+    kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
+) -> None:
+    encode_tiles(_to_f16, _TILE, 1, 2, kind, shape, data, scales, importance, out, faults)
+
+
+@kernel(ENCODE)
+def encode_bf16(
+    kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
+) -> None:
+    encode_tiles(_to_bf16, _TILE, 1, 2, kind, shape, data, scales, importance, out, faults)
+
+
+@kernel(DECODE)
+def decode_f32(data: Bytes, out: Floats) -> None:
+    for i in range(out.size):
+        out[i] = bits_float(load_u32(data, 4 * i))
+
+
+@kernel(DECODE)
+def decode_f16(data: Bytes, out: Floats) -> None:
+    for i in range(out.size):
+        out[i] = f16_to_float(load_u16(data, 2 * i))
+
+
+@kernel(DECODE)
+def decode_bf16(data: Bytes, out: Floats) -> None:
+    for i in range(out.size):
+        out[i] = bf16_to_float(load_u16(data, 2 * i))
+
+
+@kernel(DECODE_SOURCE)
+def decode_source(
+    kind: int, shape: Shape, data: Bytes, scales: Bytes, out: Floats, faults: FaultSlots
+) -> None:
+    for first in range(0, out.size, _TILE):
+        count = min(_TILE, out.size - first)
+        tile = out[first : first + count]
+        if not load_tile(kind, shape, data, scales, first, count, tile):
+            note_source_faults(kind, shape, data, scales, first, count, tile, False, faults)
