@@ -113,18 +113,35 @@ def _read_added(entries: Any, path: Path) -> dict[str, tuple[Any, bool]]:  # noq
     return added
 
 
+def _assign_ids(vocab: dict[str, Any], added: dict[str, tuple[Any, bool]]) -> dict[str, int]:
+    """The id that each added token really has: that of the vocab, or else the next one behind vocab and added tokens.
+
+    The `tokenizers` library (AddedVocabulary, measured with 0.23) assigns ids so and does not look at the ``id`` field;
+    the two differ where the file leaves a gap, and then text encoded by any user of the library has these ids.
+    """
+    ids: dict[str, int] = {}
+    following = len(vocab)
+    for text in added:
+        ids[text] = vocab[text] if text in vocab else following
+        if type(ids[text]) is int:
+            following = max(following, ids[text] + 1)
+    return ids
+
+
 def _place_tokens(
     vocab: dict[str, Any], added: dict[str, tuple[Any, bool]], vocab_size: int, path: Path
 ) -> tuple[list[str], list[int]]:
     tokens: list[str | None] = [None] * vocab_size
-    for text, token_id in [*vocab.items(), *((t, i) for t, (i, _) in added.items())]:
+    for text, token_id in [*vocab.items(), *_assign_ids(vocab, added).items()]:
         _check_text(text, "a token", path)
         at = _check_id(token_id, f"token {text!r}", vocab_size, path)
         if tokens[at] not in (None, text):
             raise InputError(path, f"id {at} belongs to {tokens[at]!r} and to {text!r}")
-        if text in added and vocab.get(text, at) != at:
-            raise InputError(path, f"token {text!r} has id {vocab[text]} in the vocab and {at} among the added tokens")
         tokens[at] = text
+    for text, (declared, _) in added.items():
+        _check_id(declared, f"added token {text!r}", vocab_size, path)
+        if vocab.get(text, declared) != declared:
+            raise InputError(path, f"token {text!r} has id {vocab[text]} in the vocab, {declared} among the added tokens")
     present = set(tokens)
     placed = [f"[PAD{i}]" if t is None else t for i, t in enumerate(tokens)]
     clash = next((p for p, t in zip(placed, tokens, strict=True) if t is None and p in present), None)

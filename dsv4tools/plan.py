@@ -1,0 +1,192 @@
+"""The plan: every tensor's type, size, offset and sources, known before a byte is written.
+
+Pure data, made from headers alone; `--dry-run` prints the object that the writer consumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from dsv4tools import __version__
+from dsv4tools.errors import UsageError
+from dsv4tools.flags import rules_from_flags
+from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
+from dsv4tools.gguf.values import KV
+from dsv4tools.policy import Decision, Policy, decide_formats, load_policy
+from dsv4tools.template import Template, TemplateTensor, apply_template_file, derive_template
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from dsv4tools.checkpoint import Checkpoint
+    from dsv4tools.checkpoint.matrix import Matrix
+    from dsv4tools.formats.table import Format
+
+NanPolicy = Literal["refuse", "zero"]
+QUANTIZATION_VERSION = 2          # GGML_QNT_VERSION: the block layouts of the K types
+MAX_UNIT_VALUES = 1 << 22         # 4 Mi values: at most 16 MB read and 16 MB written, about 50 ms of Q4_K
+NAN_KEY = "dsv4tools.nan"
+POLICY_KEY = "dsv4tools.policy"
+POLICY_HASH_KEY = "dsv4tools.policy_sha256"
+TEMPLATE_KEY = "dsv4tools.template"   # in header-only files, so that a truncated model is never taken for one
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the output. `offset` counts from the start of the data section."""
+
+    tensor: TemplateTensor
+    format: Format
+    rule: str
+    offset: int
+    n_bytes: int
+
+    @property
+    def name(self) -> str:
+        """GGUF name."""
+        return self.tensor.name
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The smallest piece of work: a run of rows of one source matrix, and the bytes it fills in the file."""
+
+    planned: PlannedTensor
+    matrix: Matrix
+    first_row: int
+    n_rows: int
+    offset: int      # from the start of the file
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will write.
+
+    Attributes
+    ----------
+    checkpoint, policy, template:
+        What it was made from.
+    kvs:
+        Metadata in file order, complete.
+    tensors:
+        In file order.
+    nan:
+        What happens to values that are not finite.
+    """
+
+    checkpoint: Checkpoint
+    policy: Policy
+    template: Template
+    kvs: tuple[KV, ...]
+    tensors: tuple[PlannedTensor, ...]
+    nan: NanPolicy
+
+    @cached_property
+    def header(self) -> bytes:
+        """The file's bytes before its data section."""
+        infos = [TensorInfo(t.name, t.tensor.ne, t.format, t.offset) for t in self.tensors]
+        return encode_header(self.kvs, infos, self.template.alignment)
+
+    @property
+    def data_bytes(self) -> int:
+        """Tensor data with padding."""
+        return lay_out([t.n_bytes for t in self.tensors], self.template.alignment)[1]
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the output file."""
+        return len(self.header) + self.data_bytes
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes that will be read, scales included."""
+        return sum(t.tensor.source_bytes for t in self.tensors)
+
+    def bytes_by_format(self) -> dict[str, int]:
+        """Type name -> bytes, largest first."""
+        totals: dict[str, int] = {}
+        for t in self.tensors:
+            totals[t.format.name] = totals.get(t.format.name, 0) + t.n_bytes
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+    def units(self) -> Iterator[Unit]:
+        """All units in file order, at most MAX_UNIT_VALUES values each (one row at least)."""
+        start = len(self.header)
+        for t in self.tensors:
+            row_bytes = t.format.row_bytes(t.tensor.ne[0], t.name)
+            offset = start + t.offset
+            for matrix in t.tensor.sources:
+                step = max(1, MAX_UNIT_VALUES // max(1, matrix.n_cols))
+                step = max(matrix.block[0], step // matrix.block[0] * matrix.block[0])   # scales are read once
+                for first in range(0, matrix.n_rows, step):
+                    n_rows = min(step, matrix.n_rows - first)
+                    yield Unit(t, matrix, first, n_rows, offset, n_rows * row_bytes)
+                    offset += n_rows * row_bytes
+
+
+def make_plan(
+    checkpoint: Checkpoint, *, policy: str | Path | Policy = "q4k", template_file: Path | None = None,
+    families: Mapping[str, str | None] | None = None, tensor_types: Sequence[str] = (), nan: NanPolicy = "refuse",
+) -> Plan:
+    """Plan the conversion of `checkpoint` (or of a re-routed view of it).
+
+    Parameters
+    ----------
+    policy:
+        A shipped policy's name, a policy file, or ``template`` to keep a template file's types.
+    template_file:
+        A GGUF, header-only or whole, that gives tensor order, metadata and tokenizer.
+    families, tensor_types:
+        The C quantizer's flags, asked before the policy (`flags.rules_from_flags`).
+    nan:
+        ``refuse`` values that are not finite, or ``zero`` them.
+
+    Raises
+    ------
+    UsageError, InputError
+        As the parts do: `load_policy`, `rules_from_flags`, `derive_template`, `apply_template_file`, `decide_formats`.
+    """
+    if nan not in ("refuse", "zero"):
+        raise UsageError("--nan", f"is {nan!r}, expected refuse or zero")
+    flags = rules_from_flags(families or {}, tensor_types)
+    chosen = (policy if isinstance(policy, Policy) else load_policy(policy)).with_flags(flags)
+    template = derive_template(checkpoint)
+    if template_file is not None:
+        template = apply_template_file(template, template_file)
+    decisions = decide_formats(chosen, template.tensors, template.file_formats)
+    sizes = [decisions[t.name].format.n_bytes(t.ne, t.name) for t in template.tensors]
+    offsets, _ = lay_out(sizes, template.alignment)
+    tensors = tuple(
+        PlannedTensor(t, decisions[t.name].format, decisions[t.name].rule, offset, n_bytes)
+        for t, offset, n_bytes in zip(template.tensors, offsets, sizes, strict=True)
+    )
+    return Plan(checkpoint, chosen, template, _complete_entries(template, chosen, decisions, tensors, nan), tensors, nan)
+
+
+def _complete_entries(
+    template: Template, policy: Policy, decisions: Mapping[str, Decision], tensors: Sequence[PlannedTensor], nan: NanPolicy
+) -> tuple[KV, ...]:
+    entries = [
+        KV("general.file_type", "u32", _file_type(policy, tensors)),
+        KV("general.quantization_version", "u32", QUANTIZATION_VERSION),
+        KV("general.quantized_by", "str", f"dsv4tools {__version__}"),
+        KV(POLICY_KEY, "str", policy.name),
+        KV(POLICY_HASH_KEY, "str", policy.sha256),
+    ]
+    if nan == "zero":
+        entries.append(KV(NAN_KEY, "str", "zero"))
+    at = next((i for i, kv in enumerate(template.kvs) if not kv.key.startswith("general.")), len(template.kvs))
+    return (*template.kvs[:at], *entries, *template.kvs[at:])
+
+
+def _file_type(policy: Policy, tensors: Sequence[PlannedTensor]) -> int:
+    if policy.file_type is not None:
+        return policy.file_type
+    totals: dict[Format, int] = {}
+    for t in tensors:
+        totals[t.format] = totals.get(t.format, 0) + t.n_bytes
+    return max(totals, key=lambda f: totals[f]).file_type or 0

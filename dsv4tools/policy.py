@@ -1,0 +1,265 @@
+"""Policies: ordered rules that give each matrix of a GGUF its ggml type, and say which rule decided.
+
+A policy is a TOML file of ``[[rule]]`` tables (see policies/). The first rule that matches a tensor decides. Vectors stay
+F32 and routing tables I32: a wildcard passes over them, a literal name is an error, because it cannot be obeyed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv4tools.errors import InputError, UsageError
+from dsv4tools.formats.codecs import ENCODABLE
+from dsv4tools.formats.table import FORMATS, Format, find_format
+from dsv4tools.resources import data_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from dsv4tools.template import TemplateTensor
+
+KEEP = "template"   # the policy, and the type, that keep what the template file has
+_MAX_POLICY_BYTES = 1_000_000
+_MAX_GLOB_LENGTH = 200
+_MAX_STARS = 4      # more serve nobody, and each multiplies the time that matching may take
+_RULE_KEYS = {"tensors", "layers", "type", "optional"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule.
+
+    Attributes
+    ----------
+    tensors:
+        Globs (``*``, ``?``, ``[...]``) on the whole GGUF name, or literal names.
+    format:
+        The type it gives; None keeps the template file's.
+    layers:
+        Layers that it is limited to, or None.
+    optional:
+        Whether it may decide nothing.
+    label:
+        What messages and plans call it.
+    excluded:
+        Globs of names that it leaves to later rules; only command-line flags have them.
+    """
+
+    tensors: tuple[str, ...]
+    format: Format | None
+    layers: frozenset[int] | None = None
+    optional: bool = False
+    label: str = ""
+    excluded: tuple[str, ...] = ()
+
+    def matches(self, tensor: TemplateTensor) -> bool:
+        """Whether the rule applies to `tensor`, by name and layer."""
+        if self.layers is not None and tensor.layer not in self.layers:
+            return False
+        if any(fnmatchcase(tensor.name, glob) for glob in self.excluded):
+            return False
+        return any(fnmatchcase(tensor.name, glob) for glob in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A named list of rules.
+
+    `file_type` is the LLAMA_FTYPE that it stands for; None: that of the type with most bytes. `flags` are rules from
+    the command line, asked before the others.
+    """
+
+    name: str
+    description: str
+    rules: tuple[Rule, ...]
+    file_type: int | None = None
+    flags: tuple[Rule, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what the rules say; comments and file name do not count."""
+        rules = [[r.tensors, r.format.name if r.format else KEEP, sorted(r.layers) if r.layers is not None else None,
+                  r.excluded] for r in (*self.flags, *self.rules)]
+        return hashlib.sha256(json.dumps(rules, separators=(",", ":")).encode()).hexdigest()
+
+    def with_flags(self, flags: Sequence[Rule]) -> Policy:
+        """This policy with `flags` asked first; it then stands for no one file type."""
+        return Policy(f"{self.name} with flags", self.description, self.rules, None, tuple(flags)) if flags else self
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The type of one tensor, and the rule that decided it."""
+
+    format: Format
+    rule: str
+
+
+def list_policies() -> list[Policy]:
+    """The policies that the package ships, the default first."""
+    paths = sorted(data_directory("policies").glob("*.toml"), key=lambda p: (p.stem != "q4k", p.stem))
+    return [read_policy(path) for path in paths]
+
+
+def load_policy(name: str | Path) -> Policy:
+    """A shipped policy by name, a policy file by path, or ``template``.
+
+    Raises
+    ------
+    UsageError
+        Neither a shipped policy nor a file.
+    InputError
+        The file is no valid policy; the message names the line (syntax) or the rule.
+    """
+    if str(name) == KEEP:
+        return Policy(KEEP, "the types of the template file", (Rule(("*",), None, label="template file's type"),))
+    shipped = data_directory("policies") / f"{name}.toml"
+    if re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) and shipped.is_file():
+        return read_policy(shipped)
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join(p.stem for p in sorted(data_directory("policies").glob("*.toml")))
+        raise UsageError("--policy", f"{str(name)!r} is neither a shipped policy ({known}) nor a file")
+    return read_policy(path)
+
+
+def read_policy(path: Path) -> Policy:
+    """Read a policy file; InputError names the line or the rule that is wrong."""
+    try:
+        with path.open("rb") as f:
+            raw = f.read(_MAX_POLICY_BYTES + 1)
+        if len(raw) > _MAX_POLICY_BYTES:
+            raise InputError(path, f"is larger than {_MAX_POLICY_BYTES:,} bytes, no policy")
+        table = tomllib.loads(raw.decode("utf-8-sig").replace("\r\n", "\n"))
+    except OSError as e:
+        raise InputError(path, f"cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise InputError(path, f"is not valid UTF-8 at byte {e.start}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise InputError(path, f"is not valid TOML: {e}", hint="mend that line") from None
+    unknown = set(table) - {"description", "file_type", "rule"}
+    if unknown:
+        raise InputError(path, f"unknown key {min(unknown)!r}", hint="known are description, file_type and [[rule]]")
+    rules, file_type = table.get("rule", []), table.get("file_type")
+    if not isinstance(rules, list) or not rules or not all(isinstance(r, dict) for r in rules):
+        raise InputError(path, "has no [[rule]] tables")
+    if file_type is not None and (type(file_type) is not int or not 0 <= file_type < 1 << 31):
+        raise InputError(f"{path}: key 'file_type'", f"is {file_type!r}, expected llama.cpp's number of a file type")
+    description = table.get("description", "")
+    if not isinstance(description, str):
+        raise InputError(f"{path}: key 'description'", f"is {description!r}, expected text")
+    return Policy(path.stem, description, tuple(_read_rule(r, i, path) for i, r in enumerate(rules, 1)), file_type)
+
+
+def _read_rule(raw: dict[str, Any], number: int, path: Path) -> Rule:
+    globs = raw.get("tensors")
+    where = f"{path}: rule {number} ({globs!r})"
+    unknown = set(raw) - _RULE_KEYS
+    if unknown:
+        raise InputError(where, f"unknown key {min(unknown)!r}, known are {', '.join(sorted(_RULE_KEYS))}")
+    globs = [globs] if isinstance(globs, str) else globs
+    if not isinstance(globs, list) or not globs or not all(isinstance(g, str) for g in globs):
+        raise InputError(where, "needs tensors: a glob or a list of globs")
+    for glob in globs:
+        check_glob(glob, where)
+    if not isinstance(raw.get("type"), str):
+        raise InputError(where, f"needs a type, has {raw.get('type')!r}")
+    optional = raw.get("optional", False)
+    if type(optional) is not bool:
+        raise InputError(where, f"optional is {optional!r}, expected true or false")
+    layers = raw.get("layers")
+    return Rule(
+        tuple(globs), _read_type(raw["type"], where), None if layers is None else _read_layers(layers, where), optional,
+        f"{path.stem} rule {number}: {', '.join(globs)}",
+    )
+
+
+def _read_type(name: str, where: str) -> Format | None:
+    if name.lower() == KEEP:
+        return None
+    try:
+        return find_format(name)
+    except UsageError:
+        raise InputError(where, f"unknown type {name!r}, known are {', '.join(FORMATS)}") from None
+
+
+def check_glob(glob: str, where: str) -> None:
+    """Refuse globs that could make matching slow or that no tensor name can match."""
+    if not glob or len(glob) > _MAX_GLOB_LENGTH or not glob.isascii() or not glob.isprintable():
+        raise InputError(where, f"{glob!r} is no glob of tensor names")
+    if glob.count("*") > _MAX_STARS:
+        raise InputError(where, f"{glob!r} has more than {_MAX_STARS} stars", hint="name the tensors more directly")
+    if glob.count("[") != glob.count("]"):
+        raise InputError(where, f"{glob!r} has an unbalanced bracket")
+
+
+def _read_layers(text: Any, where: str) -> frozenset[int]:  # noqa: ANN401  - unchecked TOML
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return frozenset({text})
+    layers: set[int] = set()
+    for part in text.split(",") if isinstance(text, str) else [""]:
+        match = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise InputError(where, f"layers is {text!r}, expected numbers and ranges such as \"0-2,5\"")
+        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return frozenset(layers)
+
+
+def decide_formats(
+    policy: Policy, tensors: Iterable[TemplateTensor], file_formats: Mapping[str, Format]
+) -> dict[str, Decision]:
+    """Each tensor's type, and the rule that decided it.
+
+    Raises
+    ------
+    InputError
+        A matrix that no rule matches, a row that is not a whole number of blocks, a rule that decides nothing and is
+        not optional, a rule that names a vector or routing table, a type that only a template file could give.
+    """
+    decided: dict[str, Decision] = {}
+    used: set[Rule] = set()
+    for tensor in tensors:
+        if not tensor.is_matrix:
+            _refuse_literal(policy, tensor)
+            name = "I32" if tensor.holds_integers else "F32"
+            decided[tensor.name] = Decision(FORMATS[name], "routing table" if tensor.holds_integers else "vector")
+            continue
+        flag = next((rule for rule in policy.flags if rule.matches(tensor)), None)
+        rule = next((rule for rule in policy.rules if rule.matches(tensor)), None)
+        used.update(r for r in (flag, rule) if r is not None)   # a rule that a flag overrides has still found its tensor
+        rule = flag or rule
+        if rule is None:
+            raise InputError(f"policy {policy.name}", f"no rule matches tensor {tensor.name!r}",
+                             hint='end the policy with a rule for "*"')
+        decided[tensor.name] = Decision(_choose(policy, rule, tensor, file_formats), rule.label)
+    for rule in (*policy.flags, *policy.rules):
+        if rule not in used and not rule.optional:
+            raise InputError(f"policy {policy.name}: {rule.label}", "decides no tensor",
+                             hint="earlier rules took all it matches, or the name is wrong; optional = true allows it")
+    return decided
+
+
+def _choose(policy: Policy, rule: Rule, tensor: TemplateTensor, file_formats: Mapping[str, Format]) -> Format:
+    where = f"policy {policy.name}: {rule.label}: tensor {tensor.name!r}"
+    chosen = rule.format or file_formats.get(tensor.name)
+    if chosen is None:
+        raise InputError(where, "is to keep the template file's type", hint="give a template file")
+    if chosen.name not in ENCODABLE:
+        raise InputError(where, f"type {chosen.name} cannot be written, can be are {', '.join(sorted(ENCODABLE))}")
+    chosen.row_bytes(tensor.ne[0], where)
+    return chosen
+
+
+def _refuse_literal(policy: Policy, tensor: TemplateTensor) -> None:
+    for rule in (*policy.flags, *policy.rules):
+        if tensor.name in rule.tensors:
+            kind = "routing table, which is always I32" if tensor.holds_integers else "vector, which is always F32"
+            raise InputError(f"policy {policy.name}: {rule.label}", f"{tensor.name!r} is a {kind}",
+                             hint="take it out of the rule")
