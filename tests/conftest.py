@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,17 @@ import pytest
 from dsv4tools.synthetic import FLASH, TINY, write_checkpoint, write_sparse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 SMALL = replace(TINY, layers=3, experts=4, lead_ratios=(0, 4, 128), hash_layers=1, draft_blocks=0)
 """One layer of each kind and no draft: what most tests need."""
 
 TINY_6E = replace(TINY, layers=5, experts=12, experts_per_token=6)
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """File name -> sha256 of every file in `directory`."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +33,12 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_6e(tmp_path_factory) -> Path:
+def tiny_6e(tmp_path_factory) -> Iterator[Path]:
     """The checkpoint that the files tests/data/tiny-6e.* were made from. Not to be changed."""
-    return write_checkpoint(tmp_path_factory.mktemp("shared") / "tiny-6e", TINY_6E, seed=1101)
+    path = write_checkpoint(tmp_path_factory.mktemp("shared") / "tiny-6e", TINY_6E, seed=1101)
+    before = checksums(path)
+    yield path
+    assert checksums(path) == before, "a test has changed the shared checkpoint"
 
 
 @pytest.fixture(scope="session")

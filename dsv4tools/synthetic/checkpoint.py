@@ -6,23 +6,25 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsv4tools.errors import ResourceError, UsageError
-from dsv4tools.synthetic.layout import Draw, TensorRow, tensor_rows
+from dsv4tools.synthetic.layout import DTYPE_BYTES, Draw, TensorRow, tensor_rows
 from dsv4tools.synthetic.shapes import FLASH, TINY, Shape, make_config
 from dsv4tools.synthetic.tokenizer import MergesForm, make_generation_config, make_tokenizer, make_tokenizer_config
 from dsv4tools.synthetic.values import cheap_values, quantized_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+INDEX = "model.safetensors.index.json"
 _PROBE_BYTES = 1 << 24
 
 
@@ -53,24 +55,16 @@ def write_checkpoint(
     merges_form:
         How tokenizer.json writes its merges.
     extra:
-        Name -> (dtype, array) of tensors that no model has, written behind the others.
+        Name -> (safetensors dtype, array of its item size) of tensors that no model has, written behind the others.
     """
-    surplus = dict(extra or {})
-    rows = [
-        *tensor_rows(shape),
-        *(TensorRow(name, dtype, array.shape, Draw.NORMAL) for name, (dtype, array) in surplus.items()),
-    ]
-    files = plan_shards(rows, shards)
-
-    def values() -> Iterator[NDArray[Any]]:
-        yield from quantized_values(shape, tensor_rows(shape), seed)
-        for _, array in surplus.values():
-            yield np.ascontiguousarray(array)
-
-    with _new_directory(directory) as path:
-        _write_shards(path, files, values())
-        _write_side_files(path, files, shape, merges_form)
-    return path
+    surplus = extra or {}
+    model_rows = list(tensor_rows(shape))
+    surplus_rows = _surplus_rows(surplus, {row.name for row in model_rows})
+    files = plan_shards(model_rows + surplus_rows, shards)
+    values = chain(
+        quantized_values(shape, model_rows, seed), (np.ascontiguousarray(array) for _, array in surplus.values())
+    )
+    return _write(directory, files, values, _side_files(files, shape, merges_form))
 
 
 def write_full_width(
@@ -86,19 +80,14 @@ def write_full_width(
     """Write a few layers at the widths of Flash, for benchmarks, and return the directory.
 
     Layers 0, 1 and 2 have ratios 0, 4 and 128. FP4 and FP8 codes are drawn directly and look like normally distributed
-    weights; there are no NaN codes. About 1.1 GB with the defaults; memory is bounded by the largest tensor.
+    weights; there are no NaN codes. About 1.4 GB with the defaults; memory is bounded by the largest tensor.
     """
-    shape = Shape(
-        **{name: getattr(FLASH, name) for name in FLASH.__dataclass_fields__}
-        | {"layers": layers, "experts": experts, "experts_per_token": min(experts, FLASH.experts_per_token),
-           "vocab": vocab, "hash_layers": hash_layers, "lead_ratios": (0, 4, 128), "draft_blocks": 0,
-           "expert_dtype": "fp4", "merges": None}
+    shape = replace(
+        FLASH, layers=layers, experts=experts, experts_per_token=min(experts, FLASH.experts_per_token), vocab=vocab,
+        hash_layers=hash_layers, lead_ratios=(0, 4, 128), draft_blocks=0, expert_dtype="fp4", merges=None,
     )  # fmt: skip
     files = plan_shards(list(tensor_rows(shape)), shards)
-    with _new_directory(directory) as path:
-        _write_shards(path, files, cheap_values(tensor_rows(shape), seed))
-        _write_side_files(path, files, shape, "strings")
-    return path
+    return _write(directory, files, cheap_values(tensor_rows(shape), seed), _side_files(files, shape, "strings"))
 
 
 def write_sparse(
@@ -110,15 +99,7 @@ def write_sparse(
     too little space.
     """
     files = plan_shards(list(tensor_rows(shape)), shards)
-    n_bytes = sum(shard.n_bytes for shard in files)
-    with _new_directory(directory) as path:
-        _require_room(path, n_bytes)
-        for shard in files:
-            with (path / shard.name).open("xb") as file:
-                file.write(shard.header)
-                file.truncate(len(shard.header) + shard.n_bytes)
-        _write_side_files(path, files, shape, merges_form)
-    return path
+    return _write(directory, files, None, _side_files(files, shape, merges_form))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,30 +137,52 @@ def _header(rows: Iterable[TensorRow]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_shards(path: Path, files: Iterable[ShardPlan], values: Iterator[NDArray[Any]]) -> None:
-    for shard in files:
-        with (path / shard.name).open("xb") as file:
-            file.write(shard.header)
-            for _, array in zip(shard.rows, values, strict=False):
-                file.write(array.data)
+def _surplus_rows(surplus: Mapping[str, tuple[str, NDArray[Any]]], known: Collection[str]) -> list[TensorRow]:
+    for name, (dtype, array) in surplus.items():
+        if name in known:
+            raise UsageError(name, "is a tensor of the model, expected another name")
+        if dtype not in DTYPE_BYTES:
+            raise UsageError(name, f"found dtype {dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
+        if array.itemsize != DTYPE_BYTES[dtype]:
+            raise UsageError(name, f"found values of {array.itemsize} bytes, expected {DTYPE_BYTES[dtype]} for {dtype}")
+    return [TensorRow(name, dtype, array.shape, Draw.NORMAL) for name, (dtype, array) in surplus.items()]
 
 
-def _write_side_files(path: Path, files: Sequence[ShardPlan], shape: Shape, merges_form: MergesForm) -> None:
-    """The JSON files; config.json last, so that an interrupted writer leaves nothing that looks complete."""
+def _side_files(files: Sequence[ShardPlan], shape: Shape, merges_form: MergesForm) -> dict[str, str]:
+    """File name -> JSON text of everything beside the shards; config.json is the last."""
+    contents: dict[str, Any] = {}
     if len(files) > 1:
         shard_of = {row.name: shard.name for shard in files for row in shard.rows}
         total = sum(shard.n_bytes for shard in files)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
-        _write_json(path / "model.safetensors.index.json", index)
-    tokenizer = make_tokenizer(shape.vocab, merges=shape.merges, merges_form=merges_form)
-    _write_json(path / "tokenizer.json", tokenizer)
-    _write_json(path / "tokenizer_config.json", make_tokenizer_config())
-    _write_json(path / "generation_config.json", make_generation_config())
-    _write_json(path / "config.json", make_config(shape))
+        contents[INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
+    contents["tokenizer.json"] = make_tokenizer(shape.vocab, merges=shape.merges, merges_form=merges_form)
+    contents["tokenizer_config.json"] = make_tokenizer_config()
+    contents["generation_config.json"] = make_generation_config()
+    contents["config.json"] = make_config(shape)
+    return {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in contents.items()}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8", newline="\n")
+def _write(
+    directory: str | os.PathLike[str],
+    files: Sequence[ShardPlan],
+    values: Iterator[NDArray[Any]] | None,
+    side_files: Mapping[str, str],
+) -> Path:
+    """Write all files; without `values` the data are holes. An interrupted writer leaves no config.json."""
+    with _new_directory(directory) as path:
+        if values is None:
+            _require_room(path, sum(shard.n_bytes for shard in files))
+        for shard in files:
+            with (path / shard.name).open("xb") as file:
+                file.write(shard.header)
+                if values is None:
+                    file.truncate(len(shard.header) + shard.n_bytes)
+                else:
+                    for array in islice(values, len(shard.rows)):
+                        file.write(array.data)
+        for name, text in side_files.items():
+            (path / name).write_text(text, encoding="utf-8", newline="\n")
+    return path
 
 
 @contextmanager

@@ -28,6 +28,7 @@ _WORDS = (
     " on", " have", " from", " def", " return", " import", "ing", "er", "tion", "  ", "    ", "\n\n",
 )  # fmt: skip
 _N_UNUSED = 8  # ids left without a token at the end, as in the published files, whose vocabulary is padded
+_MOST_MERGES = 450_000  # there are 26**4 made-up words of four letters
 LEAST_VOCAB = len(SPECIAL_TOKENS) + 256 + len(ADDED_TOKENS) + _N_UNUSED
 
 _SPLITS = (
@@ -70,7 +71,7 @@ def make_tokenizer(
     room = vocab_size - len(ADDED_TOKENS) - _N_UNUSED
     letters = byte_letters()
     vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *letters.values()))}
-    most = room - len(vocab)
+    most = min(room - len(vocab), _MOST_MERGES)
     if merges is not None and not 0 <= merges <= most:
         raise UsageError("tokenizer", f"found {merges} merges, expected 0 to {most} in a vocabulary of {vocab_size}")
     pairs: list[tuple[str, str]] = []
