@@ -96,7 +96,7 @@ def plain_values(row: TensorRow, rng: np.random.Generator) -> NDArray[Any]:
     if row.draw is Draw.UNIFORM:
         return (0.5 + rng.random(row.shape)).astype(np.float32)
     x = rng.standard_normal(row.shape).astype(np.float32)
-    # Python floats keep float32 arithmetic float32, and this order of operations is part of the golden bytes.
+    # Python floats keep float32 arithmetic float32, and this order of operations is part of the bytes that tests pin.
     x = row.gain * (1 + 0.2 * x) if row.draw is Draw.AROUND_ONE else row.gain * x / sqrt(row.fan)
     return to_bf16(x) if row.dtype == "BF16" else x
 
