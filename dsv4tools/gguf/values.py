@@ -150,12 +150,12 @@ def _encode_item(item: ValueType, value: object, where: str) -> bytes:
     if item.name == "str":
         return encode_string(value, where)
     is_bool = isinstance(value, (bool, np.bool_))
-    if item.name == "bool":
-        fits = is_bool
-    elif item.code in "fd":
+    if item.name == "bool" and is_bool:
+        return b"\1" if value else b"\0"
+    if item.code in "fd":
         fits = isinstance(value, (int, float, np.integer, np.floating)) and not is_bool
     else:
-        fits = isinstance(value, (int, np.integer)) and not is_bool
+        fits = isinstance(value, (int, np.integer)) and not is_bool and item.name != "bool"
     if not fits:
         raise InputError(where, f"value is {_described(value)}, expected {item.name}")
     try:
