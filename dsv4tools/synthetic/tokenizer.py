@@ -78,7 +78,7 @@ def make_tokenizer(
     for left, right in _candidate_merges(letters, made_up=merges is not None):
         if len(pairs) == (most if merges is None else merges):
             break
-        if left + right not in vocab and left in vocab and right in vocab:
+        if left + right not in vocab:
             vocab[left + right] = len(vocab)
             pairs.append((left, right))
     added = [_added_token(i, token, special=True) for i, token in enumerate(SPECIAL_TOKENS)]
@@ -121,7 +121,7 @@ def make_generation_config() -> dict[str, Any]:
 
 
 def _candidate_merges(letters: dict[int, str], *, made_up: bool) -> Iterator[tuple[str, str]]:
-    """Pairs to merge, in order; the caller drops those whose result exists or whose parts were dropped."""
+    """Pairs to merge, in order, the parts before their result; the caller drops those whose result exists."""
     for word in _WORDS:
         spelled = [letters[b] for b in word.encode()]
         for end in range(1, len(spelled)):
