@@ -6,8 +6,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4tools.formats.bits import f16_to_float, float_bits, float_to_f16, load_u16, store_u16
+from dsv4tools.formats.bits import f16_to_float, load_u16
 from dsv4tools.formats.compile import helper, kernel
+from dsv4tools.formats.lanes import (
+    WIDTH,
+    absolute,
+    aligned,
+    any_of,
+    clipped_integer,
+    fill,
+    from_f16,
+    load,
+    nint,
+    smaller,
+    square_root,
+    store,
+    to_f16,
+    to_float,
+    transpose,
+    where,
+)
+from dsv4tools.formats.search import fit_positive, search_scale_and_min
 from dsv4tools.formats.tiles import BLOCK_OVERFLOW, DECODE, ENCODE, N_TARGET, encode_tiles, note_fault
 
 if TYPE_CHECKING:
@@ -15,212 +34,180 @@ if TYPE_CHECKING:
 
 VALUES = 256
 BYTES = 144
-_TILE = 16 * VALUES
+_SUB = 32                      # values of a sub-block; there are eight in a block
+_TILE = WIDTH * VALUES         # one block per lane
+_STEP = _SUB * WIDTH           # elements of a buffer from sub-block to sub-block
 F = np.float32
 
 
 @helper
-def nint(v):
-    bits = np.int64(float_bits(F(v + F(12582912.0))) & np.uint32(0x7FFFFF))
-    return bits - 0x400000
+def _to_lanes(tile: Floats, x: Floats) -> None:
+    """Blocks side by side: value i of lane k goes from ``tile[256 k + i]`` to ``x[WIDTH i + k]``."""
+    for i in range(0, VALUES, 8):
+        for k in range(0, WIDTH, 8):
+            transpose(8, tile, VALUES * k + i, VALUES, x, WIDTH * i + k, WIDTH)
 
 
 @helper
-def clip15(v):
-    return max(0, min(15, v))
+def _weigh_by_size(x: Floats, at: int, w: Floats) -> None:
+    total = fill(0.0)
+    for i in range(_SUB):
+        value = load(x, at + i * WIDTH)
+        total = total + value * value
+    mean = square_root(total / 32.0)
+    for i in range(_SUB):
+        store(w, i * WIDTH, mean + absolute(load(x, at + i * WIDTH)))
 
 
 @helper
-def search(x, w, L, trial, rmin, rdelta, nstep):
-    lo = x[0]
-    hi = x[0]
-    sw = w[0]
-    sx = F(w[0] * x[0])
-    for i in range(1, 32):
-        if x[i] < lo:
-            lo = x[i]
-        if x[i] > hi:
-            hi = x[i]
-        sw = F(sw + w[i])
-        sx = F(sx + F(w[i] * x[i]))
-    if lo > F(0.0):
-        lo = F(0.0)
-    if hi <= lo:
-        for i in range(32):
-            L[i] = 0
-        return F(0.0), F(-lo)
-    iscale = F(15.0) / F(hi - lo)
-    scale = F(1.0) / iscale
-    best = F(0.0)
-    for i in range(32):
-        l = clip15(nint(F(iscale * F(x[i] - lo))))
-        L[i] = l
-        e = F(F(F(scale * F(l)) + lo) - x[i])
-        best = F(best + F(w[i] * F(e * e)))
-    for step in range(nstep + 1):
-        iscale = F(F(rmin + F(rdelta * F(step))) + F(15.0)) / F(hi - lo)
-        sl = F(0.0)
-        sl2 = F(0.0)
-        sxl = F(0.0)
-        for i in range(32):
-            l = clip15(nint(F(iscale * F(x[i] - lo))))
-            trial[i] = l
-            wl = F(w[i] * F(l))
-            sl = F(sl + wl)
-            sl2 = F(sl2 + F(wl * F(l)))
-            sxl = F(sxl + F(wl * x[i]))
-        D = F(F(sw * sl2) - F(sl * sl))
-        if D > F(0.0):
-            s = F(F(sw * sxl) - F(sx * sl)) / D
-            m = F(F(sl2 * sx) - F(sl * sxl)) / D
-            if m > F(0.0):
-                m = F(0.0)
-                s = sxl / sl2
-            err = F(0.0)
-            for i in range(32):
-                e = F(F(F(s * F(trial[i])) + m) - x[i])
-                err = F(err + F(w[i] * F(e * e)))
-            if err < best:
-                for i in range(32):
-                    L[i] = trial[i]
-                best = err
-                scale = s
-                lo = m
-    return scale, F(-lo)
+def _weigh_by_importance(x: Floats, q: Floats, at: int, sigma2, w: Floats):
+    total = fill(0.0)
+    for i in range(_SUB):
+        value = load(x, at + i * WIDTH)
+        weight = load(q, at + i * WIDTH) * square_root(sigma2 + value * value)
+        total = total + weight
+        store(w, i * WIDTH, weight)
+    return total
 
 
 @helper
-def positive(x, w, L):
-    hi = F(0.0)
-    for i in range(8):
-        hi = max(hi, x[i])
-    if hi < F(1e-15):
-        for i in range(8):
-            L[i] = 0
-        return F(0.0)
-    iscale = F(63.0) / hi
-    scale = F(1.0) / iscale
-    best = F(0.0)
-    for i in range(8):
-        e = F(x[i] - F(scale * F(nint(F(iscale * x[i])))))
-        best = F(best + F(F(w[i] * e) * e))
-    for step in range(-4, 5):
-        if step != 0:
-            iscale_t = F(F(F(0.1) * F(step)) + F(63.0)) / hi
-            scale_t = F(1.0) / iscale_t
-            mse = F(0.0)
-            for i in range(8):
-                l = min(63, nint(F(iscale_t * x[i])))
-                e = F(x[i] - F(scale_t * F(l)))
-                mse = F(mse + F(F(w[i] * e) * e))
-            if mse < best:
-                best = mse
-                iscale = iscale_t
-    sumlx = F(0.0)
-    suml2 = F(0.0)
-    for i in range(8):
-        l = min(63, nint(F(iscale * x[i])))
-        L[i] = l
-        sumlx = F(sumlx + F(F(w[i] * x[i]) * F(l)))
-        suml2 = F(suml2 + F(F(w[i] * F(l)) * F(l)))
-    for _ in range(5):
-        changed = False
-        for i in range(8):
-            slx = F(sumlx - F(F(w[i] * x[i]) * F(L[i])))
-            sl2 = F(suml2 - F(F(w[i] * F(L[i])) * F(L[i])))
-            if slx > F(0.0) and sl2 > F(0.0):
-                l = min(63, nint(F(F(x[i] * sl2) / slx)))
-                if l != L[i]:
-                    slx = F(slx + F(F(w[i] * x[i]) * F(l)))
-                    sl2 = F(sl2 + F(F(w[i] * F(l)) * F(l)))
-                    if F(F(slx * slx) * suml2) > F(F(sumlx * sumlx) * sl2):
-                        L[i] = l
-                        sumlx = slx
-                        suml2 = sl2
-                        changed = True
-        if not changed:
-            break
-    return sumlx / suml2 if suml2 > F(0.0) else F(0.0)
-
-
-@helper
-def encode_block(x, importance, out, at):
-    w = np.empty(32, np.float32)
-    L = np.empty(256, np.int64)
-    trial = np.empty(32, np.int64)
-    scales = np.empty(8, np.float32)
-    mins = np.empty(8, np.float32)
-    ws = np.empty(8, np.float32)
-    ls = np.empty(8, np.int64)
-    lm = np.empty(8, np.int64)
-    sigma2 = F(0.0)
-    if importance.size:
-        for i in range(256):
-            sigma2 = F(sigma2 + F(x[i] * x[i]))
-        sigma2 = F(F(2.0) * sigma2) / F(256.0)
+def _six_bits(x, levels):
+    """Scales (or mins) as levels of 0..63, and the F16 bits of what a level stands for: maximum / 63."""
+    hi = fill(0.0)
     for j in range(8):
-        sub = x[32 * j : 32 * j + 32]
-        if importance.size:
-            for i in range(32):
-                w[i] = F(importance[32 * j + i] * np.sqrt(F(sigma2 + F(sub[i] * sub[i]))))
-            total = F(0.0)
-            for i in range(32):
-                total = F(total + w[i])
-            ws[j] = total
-            scales[j], mins[j] = search(sub, w, L[32 * j : 32 * j + 32], trial, F(-0.9), F(0.05), 36)
-        else:
-            total = F(0.0)
-            for i in range(32):
-                total = F(total + F(sub[i] * sub[i]))
-            av = np.sqrt(F(total / F(32.0)))
-            for i in range(32):
-                w[i] = F(av + abs(sub[i]))
-            scales[j], mins[j] = search(sub, w, L[32 * j : 32 * j + 32], trial, F(-1.0), F(0.1), 20)
-    if importance.size:
-        d = float_to_f16(positive(scales, ws, ls))
-        dmin = float_to_f16(positive(mins, ws, lm))
-    else:
-        hs = F(0.0)
-        hm = F(0.0)
-        for j in range(8):
-            hs = max(hs, scales[j])
-            hm = max(hm, mins[j])
-        inv = F(63.0) / hs if hs > F(0.0) else F(0.0)
-        invm = F(63.0) / hm if hm > F(0.0) else F(0.0)
-        for j in range(8):
-            ls[j] = min(63, nint(F(inv * scales[j])) & 255)
-            lm[j] = min(63, nint(F(invm * mins[j])) & 255)
-        d = float_to_f16(hs / F(63.0))
-        dmin = float_to_f16(hm / F(63.0))
-    store_u16(out, at, d)
-    store_u16(out, at + 2, dmin)
+        value = load(x, j * WIDTH)
+        hi = where(value > hi, value, hi)
+    inverse = where(hi > 0.0, 63.0 / hi, 0.0)
     for j in range(8):
-        ls[j] &= 255
-        lm[j] &= 255
+        store(levels, j * WIDTH, smaller(nint(inverse * load(x, j * WIDTH)) & 255, 63))
+    return to_f16(hi / 63.0)
+
+
+@helper
+def _pack_head(d, dmin, scales, mins, words):
+    """The first 16 bytes; returns nothing, but leaves in `scales` and `mins` what a decoder will read."""
+    store(words, 0, d | dmin << 16)
+    low = fill(0.0)
+    word_s = nint(low)
+    word_m = nint(low)
+    word_h = nint(low)
     for j in range(4):
-        out[at + 4 + j] = np.uint8(ls[j] | (ls[j + 4] >> 4) << 6)
-        out[at + 8 + j] = np.uint8(lm[j] | (lm[j + 4] >> 4) << 6)
-        out[at + 12 + j] = np.uint8((ls[j + 4] & 15) | (lm[j + 4] & 15) << 4)
+        s0 = load(scales, j * WIDTH)
+        s1 = load(scales, (j + 4) * WIDTH)
+        m0 = load(mins, j * WIDTH)
+        m1 = load(mins, (j + 4) * WIDTH)
+        s = (s0 | s1 >> 4 << 6) & 255
+        m = (m0 | m1 >> 4 << 6) & 255
+        h = ((s1 & 15) | m1 << 4) & 255
+        word_s = word_s | s << (8 * j)
+        word_m = word_m | m << (8 * j)
+        word_h = word_h | h << (8 * j)
+        store(scales, j * WIDTH, s & 63)
+        store(mins, j * WIDTH, m & 63)
+        store(scales, (j + 4) * WIDTH, (h & 15) | s >> 6 << 4)
+        store(mins, (j + 4) * WIDTH, h >> 4 | m >> 6 << 4)
+    store(words, WIDTH, word_s)
+    store(words, 2 * WIDTH, word_m)
+    store(words, 3 * WIDTH, word_h)
+
+
+@helper
+def _requantize(x, at, dd, dm, inverse, low, levels):
+    """Levels of a sub-block for the scale and min that are stored; where the scale is 0 the search's stay."""
+    for i in range(_SUB):
+        store(levels, i * WIDTH, clipped_integer((load(x, at + i * WIDTH) + dm) / dd, 15))
+    none = dd == 0.0
+    if any_of(none):
+        for i in range(_SUB):
+            kept = clipped_integer(inverse * (load(x, at + i * WIDTH) - low), 15)
+            store(levels, i * WIDTH, where(none, kept, load(levels, i * WIDTH)))
+
+
+@helper
+def _encode_lanes(x, q, weighted, blocks):
+    """Encode one block per lane to `WIDTH` blocks; whether all d and dmin are finite as F16."""
+    w = aligned(_STEP)
+    trial = aligned(2 * _STEP)
+    levels = trial.view(np.int32)
+    fits = aligned(5 * 8 * WIDTH)
+    scale, low, weight, inverse, offset = (
+        fits[: 8 * WIDTH], fits[8 * WIDTH : 16 * WIDTH], fits[16 * WIDTH : 24 * WIDTH],
+        fits[24 * WIDTH : 32 * WIDTH], fits[32 * WIDTH :],
+    )
+    scales = aligned(8 * WIDTH).view(np.int32)
+    mins = aligned(8 * WIDTH).view(np.int32)
+    words = aligned(36 * WIDTH).view(np.int32)
+    sigma2 = fill(0.0)
+    if weighted:
+        for i in range(VALUES):
+            value = load(x, i * WIDTH)
+            sigma2 = sigma2 + value * value
+        sigma2 = 2.0 * sigma2 / 256.0
     for j in range(8):
-        dd = F(f16_to_float(d) * F(ls[j] & 63))
-        dm = F(f16_to_float(dmin) * F(lm[j] & 63))
-        if dd != F(0.0):
-            for i in range(32):
-                L[32 * j + i] = clip15(nint(F(F(x[32 * j + i] + dm) / dd)))
-    for j in range(0, 8, 2):
-        for i in range(32):
-            out[at + 16 + 16 * j + i] = np.uint8(L[32 * j + i] | L[32 * j + 32 + i] << 4)
-    return (d & 0x7FFF) < 0x7C00 and (dmin & 0x7FFF) < 0x7C00
+        at = j * _STEP
+        if weighted:
+            store(weight, j * WIDTH, _weigh_by_importance(x, q, at, sigma2, w))
+            rmin, rdelta, n_steps = F(-0.9), F(0.05), 36
+        else:
+            _weigh_by_size(x, at, w)
+            rmin, rdelta, n_steps = F(-1.0), F(0.1), 20
+        s, m, kept_inverse, kept_low = search_scale_and_min(x, at, w, trial, _SUB, 15, rmin, rdelta, n_steps)
+        store(scale, j * WIDTH, s)
+        store(low, j * WIDTH, m)
+        store(inverse, j * WIDTH, kept_inverse)
+        store(offset, j * WIDTH, kept_low)
+    if weighted:
+        d = to_f16(fit_positive(scale, weight, scales, 8, 63))
+        dmin = to_f16(fit_positive(low, weight, mins, 8, 63))
+    else:
+        d = _six_bits(scale, scales)
+        dmin = _six_bits(low, mins)
+    _pack_head(d, dmin, scales, mins, words)
+    unit = from_f16(d)
+    unit_min = from_f16(dmin)
+    for pair in range(4):
+        for half in range(2):
+            j = 2 * pair + half
+            dd = unit * to_float(load(scales, j * WIDTH))
+            dm = unit_min * to_float(load(mins, j * WIDTH))
+            _requantize(
+                x, j * _STEP, dd, dm, load(inverse, j * WIDTH), load(offset, j * WIDTH), levels[half * _STEP :]
+            )
+        for i in range(8):
+            word = load(levels, 4 * i * WIDTH) | load(levels, 4 * i * WIDTH + _STEP) << 4
+            for b in range(1, 4):
+                code = load(levels, (4 * i + b) * WIDTH) | load(levels, (4 * i + b) * WIDTH + _STEP) << 4
+                word = word | code << (8 * b)
+            store(words, (4 + 8 * pair + i) * WIDTH, word)
+    for i in range(0, 36, 4):
+        for k in range(0, WIDTH, 4):
+            transpose(4, words, WIDTH * i + k, WIDTH, blocks, BYTES * k + 4 * i, BYTES)
+    return not any_of(((d & 0x7FFF) >= 0x7C00) | ((dmin & 0x7FFF) >= 0x7C00))
 
 
 @helper
 def _encode_tile(
     tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
 ) -> None:
-    for block in range(count // VALUES):
-        column = (first + VALUES * block) % n_cols
-        if not encode_block(tile[VALUES * block :], importance[column:], out, at + BYTES * block):
-            note_fault(faults, N_TARGET, BLOCK_OVERFLOW, first + VALUES * block, 1)
+    x = aligned(_TILE)
+    q = aligned(_TILE)
+    blocks = aligned(BYTES * WIDTH // 4).view(np.uint8)
+    _to_lanes(tile, x)
+    weighted = importance.size > 0
+    n_blocks = count // VALUES
+    if weighted:
+        for k in range(WIDTH):
+            column = (first + VALUES * k) % n_cols
+            tile[VALUES * k : VALUES * k + VALUES] = importance[column : column + VALUES]
+        _to_lanes(tile, q)
+    finite = _encode_lanes(x, q, weighted, blocks)
+    out[at : at + BYTES * n_blocks] = blocks[: BYTES * n_blocks]
+    if not finite:
+        for k in range(n_blocks):
+            d = load_u16(blocks, BYTES * k) & 0x7FFF
+            dmin = load_u16(blocks, BYTES * k + 2) & 0x7FFF
+            if max(d, dmin) >= 0x7C00:
+                note_fault(faults, N_TARGET, BLOCK_OVERFLOW, first + VALUES * k, 1)
 
 
 @kernel(ENCODE)

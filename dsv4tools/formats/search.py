@@ -1,0 +1,163 @@
+"""The searches for block scales that the K formats share, over lanes: each lane is a sub-block of its own.
+
+The formulas are those of ggml-quants.c (make_qkx2_quants, make_qkx3_quants, make_qp_quants), operation by operation:
+each is rounded to float32, each sum is taken from the first element to the last. Buffers hold element i of all lanes
+at ``offset + i * WIDTH``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv4tools.formats.compile import helper
+from dsv4tools.formats.lanes import (
+    WIDTH,
+    any_of,
+    clipped,
+    fill,
+    larger,
+    load,
+    nint,
+    smaller,
+    square_root,
+    store,
+    to_float,
+    where,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dsv4tools.formats.lanes import Lanes
+
+    Floats = NDArray[np.float32]
+
+F = np.float32
+
+
+@helper
+def search_scale_and_min(x, at, w, levels, n, highest, rmin, rdelta, n_steps):
+    """Fit ``x = scale * l + minimum`` with l in 0..highest and minimum <= 0, weighing squared errors with `w`.
+
+    Returns ``(scale, -minimum, inverse, low)``: the levels of the best fit are ``clip(nint(inverse * (x - low)))``.
+    """
+    lo = load(x, at)
+    hi = lo
+    weight = load(w, 0)
+    sw = weight
+    sx = weight * lo
+    for i in range(1, n):
+        value = load(x, at + i * WIDTH)
+        weight = load(w, i * WIDTH)
+        lo = where(value < lo, value, lo)
+        hi = where(value > hi, value, hi)
+        sw = sw + weight
+        sx = sx + weight * value
+    lo = where(lo > 0.0, 0.0, lo)
+    flat = hi <= lo
+    inverse = highest / (hi - lo)
+    scale = 1.0 / inverse
+    best = fill(0.0)
+    for i in range(n):
+        value = load(x, at + i * WIDTH)
+        error = scale * clipped(inverse * (value - lo), highest) + lo - value
+        best = best + load(w, i * WIDTH) * (error * error)
+    kept_inverse = inverse
+    kept_lo = lo
+    for step in range(n_steps + 1):
+        inverse = (rmin + rdelta * F(step) + F(highest)) / (hi - lo)
+        sl = fill(0.0)
+        sl2 = fill(0.0)
+        sxl = fill(0.0)
+        for i in range(n):
+            value = load(x, at + i * WIDTH)
+            level = clipped(inverse * (value - lo), highest)
+            store(levels, i * WIDTH, level)
+            wl = load(w, i * WIDTH) * level
+            sl = sl + wl
+            sl2 = sl2 + wl * level
+            sxl = sxl + wl * value
+        det = sw * sl2 - sl * sl
+        s = (sw * sxl - sx * sl) / det
+        m = (sl2 * sx - sl * sxl) / det
+        above = m > 0.0
+        s = where(above, sxl / sl2, s)
+        m = where(above, 0.0, m)
+        total = fill(0.0)
+        for i in range(n):
+            error = s * load(levels, i * WIDTH) + m - load(x, at + i * WIDTH)
+            total = total + load(w, i * WIDTH) * (error * error)
+        better = (det > 0.0) & (total < best)
+        best = where(better, total, best)
+        scale = where(better, s, scale)
+        kept_inverse = where(better, inverse, kept_inverse)
+        kept_lo = where(better, lo, kept_lo)
+        lo = where(better, m, lo)
+    return where(flat, 0.0, scale), 0.0 - lo, kept_inverse, kept_lo
+
+
+@helper
+def fit_positive(x, w, levels, n, highest):
+    """Fit ``x = scale * l`` with l in 0..highest, weighing squared errors with `w`; integers l go to `levels`.
+
+    `x` and `w` hold one sub-block per element and one block per lane. C keeps a level in a byte, whatever came out.
+    Returns the scale.
+    """
+    hi = fill(0.0)
+    for i in range(n):
+        value = load(x, i * WIDTH)
+        hi = where(value > hi, value, hi)
+    tiny = hi < 1e-15
+    inverse = highest / hi
+    scale = 1.0 / inverse
+    best = fill(0.0)
+    for i in range(n):
+        value = load(x, i * WIDTH)
+        error = value - scale * to_float(nint(inverse * value) & 255)
+        best = best + load(w, i * WIDTH) * error * error
+    for step in range(-4, 5):
+        if step != 0:
+            trial = (F(0.1) * F(step) + F(highest)) / hi
+            scale = 1.0 / trial
+            total = fill(0.0)
+            for i in range(n):
+                value = load(x, i * WIDTH)
+                error = value - scale * to_float(smaller(nint(trial * value), highest))
+                total = total + load(w, i * WIDTH) * error * error
+            better = total < best
+            best = where(better, total, best)
+            inverse = where(better, trial, inverse)
+    sumlx = fill(0.0)
+    suml2 = fill(0.0)
+    for i in range(n):
+        value = load(x, i * WIDTH)
+        weight = load(w, i * WIDTH)
+        integer = smaller(nint(inverse * value), highest)
+        level = to_float(integer)
+        store(levels, i * WIDTH, where(tiny, 0, integer & 255))
+        sumlx = sumlx + weight * value * level
+        suml2 = suml2 + weight * level * level
+    for _ in range(5):
+        changed = tiny & ~tiny
+        for i in range(n):
+            value = load(x, i * WIDTH)
+            weight = load(w, i * WIDTH)
+            old = load(levels, i * WIDTH)
+            level = to_float(old)
+            slx = sumlx - weight * value * level
+            sl2 = suml2 - weight * level * level
+            new = smaller(nint(value * sl2 / slx), highest)
+            accepted = (slx > 0.0) & (sl2 > 0.0) & (new != old) & ~tiny
+            level = to_float(new)
+            slx = slx + weight * value * level
+            sl2 = sl2 + weight * level * level
+            accepted = accepted & (slx * slx * suml2 > sumlx * sumlx * sl2)
+            store(levels, i * WIDTH, where(accepted, new & 255, old))
+            sumlx = where(accepted, slx, sumlx)
+            suml2 = where(accepted, sl2, suml2)
+            changed = changed | accepted
+        if not any_of(changed):
+            break
+    return where(~tiny & (suml2 > 0.0), sumlx / suml2, 0.0)
