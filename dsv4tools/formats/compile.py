@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dsv4tools.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable
     from types import ModuleType
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,14 @@ def load(module: str) -> ModuleType:
         return _compile(name, entry)
 
 
-def needs_compile(modules: Iterator[str] | list[str]) -> bool:
+def is_loaded(module: str) -> bool:
+    """Whether the kernels of `module` are ready in this process."""
+    return f"{__package__}.{module}" in sys.modules
+
+
+def needs_compile(modules: Iterable[str]) -> bool:
     """Whether `load` would have to compile one of `modules` (it takes seconds), rather than load it (it takes none)."""
-    return any(f"{__package__}.{m}" not in sys.modules and not (_entry_of(m) / _MANIFEST).is_file() for m in modules)
+    return any(not is_loaded(module) and not (_entry_of(module) / _MANIFEST).is_file() for module in modules)
 
 
 def cache_root() -> Path:
