@@ -258,23 +258,24 @@ class _Parser:
     def check_offsets(self) -> None:
         """Each tensor must begin where the padded sum of those before it ends: no hole, overlap or disorder."""
         alignment = self.header.alignment
-        # Two ways to go on after a wrong offset, so that one mistake is one finding: the sum of all sizes so far,
-        # and the end of the tensor before as it stands. None: the tensor before has no known size.
-        total: int | None = 0
-        follow: int | None = 0
+        # Two ways to go on after a wrong offset, so that one mistake is one finding: where the tensor would have
+        # ended had it begun where it should, and where it ends as it stands. None: its size is not known.
+        should: int | None = 0
+        stands: int | None = 0
         for p in self.placed:
-            if total is None or follow is None:
-                total = follow = p.offset
+            if should is None or stands is None:
+                should = p.offset
             self.where = p.name
-            if p.offset not in (total, follow) or p.offset % alignment:
-                self.error("tensor-offset", f"offset is {p.offset}, {_misplacement(p.offset, follow, alignment)}", p.at)
+            begin = p.offset if p.offset == stands else should
+            if p.offset != begin or p.offset % alignment:
+                self.error("tensor-offset", f"offset is {p.offset}, {_misplacement(p.offset, begin, alignment)}", p.at)
             if p.n_bytes is None:
-                total = follow = None
+                should = stands = None
                 continue
-            if max(p.offset, total) + p.n_bytes > rules.MAX_INT64:
+            should = pad(begin + p.n_bytes, alignment)
+            stands = pad(p.offset + p.n_bytes, alignment)
+            if self.header.data_offset + stands > rules.MAX_INT64:
                 self.error("data-too-big", f"data ends beyond byte {rules.MAX_INT64}", p.at)
-            total += pad(p.n_bytes, alignment)
-            follow = pad(p.offset + p.n_bytes, alignment)
 
     def check_padding(self, table_end: int) -> None:
         """Padding is zero by the specification; loaders do not look. Looks at the first thousand gaps only."""
