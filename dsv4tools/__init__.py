@@ -1,3 +1,28 @@
-"""dsv4tools: DeepSeek-V4 checkpoints to GGUF, and the proof that they are right."""
+"""dsv4tools: DeepSeek-V4 checkpoints to GGUF, and the proof that they are right.
+
+    import dsv4tools as dt
+    checkpoint = dt.open_checkpoint(directory)
+    plan = dt.plan(checkpoint, policy="q4k")
+    dt.convert(plan, "out.gguf")
+    dt.verify("out.gguf", source=checkpoint).ok
+
+Nothing here prints or exits; errors are the classes of `dsv4tools.errors`.
+"""
 
 __version__ = "0.1.0"
+
+from dsv4tools.checkpoint import Checkpoint, open_checkpoint
+from dsv4tools.convert import Conversion, convert
+from dsv4tools.errors import Dsv4Error, InputError, ResourceError, UsageError, VerifyError
+from dsv4tools.formats.codecs import dequantize, quantize
+from dsv4tools.plan import Plan
+from dsv4tools.plan import make_plan as plan
+from dsv4tools.policy import Policy, list_policies, load_policy
+from dsv4tools.reroute import reroute
+from dsv4tools.verify import Report, verify
+
+__all__ = [
+    "Checkpoint", "Conversion", "Dsv4Error", "InputError", "Plan", "Policy", "Report", "ResourceError", "UsageError",
+    "VerifyError", "convert", "dequantize", "list_policies", "load_policy", "open_checkpoint", "plan", "quantize", "reroute",
+    "verify",
+]

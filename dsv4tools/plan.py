@@ -5,6 +5,7 @@ Pure data, made from headers alone; `--dry-run` prints the object that the write
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +17,7 @@ from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
 from dsv4tools.gguf.values import KV
 from dsv4tools.policy import Decision, Policy, decide_formats, load_policy
 from dsv4tools.template import Template, TemplateTensor, apply_template_file, derive_template
+from dsv4tools.workers import EXTRA_THREADS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -52,14 +54,30 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The smallest piece of work: a run of rows of one source matrix, and the bytes it fills in the file."""
+    """The smallest piece of work: a run of rows of one source matrix, and the bytes it fills in its tensor.
+
+    `start` counts from the tensor's first byte.
+    """
 
     planned: PlannedTensor
     matrix: Matrix
     first_row: int
     n_rows: int
-    offset: int      # from the start of the file
+    start: int
     n_bytes: int
+
+
+def tensor_units(planned: PlannedTensor) -> Iterator[Unit]:
+    """The units of one tensor in order: at most MAX_UNIT_VALUES values each, but always whole rows."""
+    row_bytes = planned.format.row_bytes(planned.tensor.ne[0], planned.name)
+    start = 0
+    for matrix in planned.tensor.sources:
+        step = max(1, MAX_UNIT_VALUES // max(1, matrix.n_cols))
+        step = max(matrix.block[0], step // matrix.block[0] * matrix.block[0])   # so that scales are read once
+        for first in range(0, matrix.n_rows, step):
+            n_rows = min(step, matrix.n_rows - first)
+            yield Unit(planned, matrix, first, n_rows, start, n_rows * row_bytes)
+            start += n_rows * row_bytes
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,11 @@ class Plan:
         return encode_header(self.kvs, infos, self.template.alignment)
 
     @property
+    def data_offset(self) -> int:
+        """Where the data section begins in the file."""
+        return len(self.header)
+
+    @property
     def data_bytes(self) -> int:
         """Tensor data with padding."""
         return lay_out([t.n_bytes for t in self.tensors], self.template.alignment)[1]
@@ -106,6 +129,17 @@ class Plan:
         """Bytes that will be read, scales included."""
         return sum(t.tensor.source_bytes for t in self.tensors)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was changed or decided on the way that a user may want to know, one sentence each."""
+        return self.template.notes
+
+    def memory_bytes(self, threads: int) -> int:
+        """Bytes of buffers that a conversion holds: source and output of the largest unit, per thread."""
+        largest = max((u.n_bytes + u.n_rows * u.matrix.n_bytes // max(1, u.matrix.n_rows) for t in self.tensors
+                       for u in itertools.islice(tensor_units(t), 1)), default=0)
+        return largest * (threads + EXTRA_THREADS)
+
     def bytes_by_format(self) -> dict[str, int]:
         """Type name -> bytes, largest first."""
         totals: dict[str, int] = {}
@@ -114,18 +148,9 @@ class Plan:
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
     def units(self) -> Iterator[Unit]:
-        """All units in file order, at most MAX_UNIT_VALUES values each (one row at least)."""
-        start = len(self.header)
-        for t in self.tensors:
-            row_bytes = t.format.row_bytes(t.tensor.ne[0], t.name)
-            offset = start + t.offset
-            for matrix in t.tensor.sources:
-                step = max(1, MAX_UNIT_VALUES // max(1, matrix.n_cols))
-                step = max(matrix.block[0], step // matrix.block[0] * matrix.block[0])   # scales are read once
-                for first in range(0, matrix.n_rows, step):
-                    n_rows = min(step, matrix.n_rows - first)
-                    yield Unit(t, matrix, first, n_rows, offset, n_rows * row_bytes)
-                    offset += n_rows * row_bytes
+        """All units in file order."""
+        for planned in self.tensors:
+            yield from tensor_units(planned)
 
 
 def make_plan(

@@ -73,7 +73,7 @@ class Policy:
     """A named list of rules.
 
     `file_type` is the LLAMA_FTYPE that it stands for; None: that of the type with most bytes. `flags` are rules from
-    the command line, asked before the others.
+    the command line, asked before the others. `path` is the file it was read from.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Policy:
     rules: tuple[Rule, ...]
     file_type: int | None = None
     flags: tuple[Rule, ...] = ()
+    path: Path | None = None
 
     @property
     def sha256(self) -> str:
@@ -91,7 +92,7 @@ class Policy:
 
     def with_flags(self, flags: Sequence[Rule]) -> Policy:
         """This policy with `flags` asked first; it then stands for no one file type."""
-        return Policy(f"{self.name} with flags", self.description, self.rules, None, tuple(flags)) if flags else self
+        return Policy(f"{self.name} with flags", self.description, self.rules, None, tuple(flags), self.path) if flags else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,8 @@ def read_policy(path: Path) -> Policy:
     description = table.get("description", "")
     if not isinstance(description, str):
         raise InputError(f"{path}: key 'description'", f"is {description!r}, expected text")
-    return Policy(path.stem, description, tuple(_read_rule(r, i, path) for i, r in enumerate(rules, 1)), file_type)
+    return Policy(path.stem, description, tuple(_read_rule(r, i, path) for i, r in enumerate(rules, 1)), file_type,
+                  path=path)
 
 
 def _read_rule(raw: dict[str, Any], number: int, path: Path) -> Rule:

@@ -1,0 +1,5 @@
+"""``python -m dsv4tools``."""
+
+from dsv4tools.cli import main
+
+main()

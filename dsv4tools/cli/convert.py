@@ -1,0 +1,113 @@
+"""``dsv4tools convert``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dsv4tools.cli.output import (
+    EPILOG,
+    announce_compilation,
+    json_option,
+    progress_bar,
+    say,
+    show,
+    show_json,
+    show_table,
+    threads_option,
+)
+from dsv4tools.cli.planning import plan_options, plan_from_options
+from dsv4tools.convert import check_output, check_space
+from dsv4tools.convert import convert as run_conversion
+from dsv4tools.describe import describe_plan, output_name
+from dsv4tools.files import usable_cpus
+from dsv4tools.sizes import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from dsv4tools.plan import Plan
+
+
+@click.command(epilog=EPILOG)
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("out", metavar="[OUT.gguf]", type=click.Path(path_type=Path), required=False)
+@plan_options
+@threads_option
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--manifest", type=click.Path(path_type=Path), metavar="M",
+              help="Also write the sha256 of every tensor, of all and of the file to M.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and write nothing.")
+@json_option
+def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool, manifest: Path | None, dry_run: bool,
+            as_json: bool, **options: object) -> None:
+    """Write a GGUF from the checkpoint SRC.
+
+    Without OUT.gguf the name follows the GGUF naming convention, in the current directory. The bytes do not depend on
+    the number of threads. The output carries its name only when it is complete and checked.
+
+    \b
+    Examples:
+      dsv4tools convert DeepSeek-V4-Flash flash.gguf --dry-run
+      dsv4tools convert DeepSeek-V4-Flash flash.gguf --manifest flash.sha256
+      dsv4tools convert DeepSeek-V4-Flash flash-4e.gguf --experts-per-token 4
+      dsv4tools convert DeepSeek-V4-Flash flash.gguf --tensor-type blk.0=bf16
+    """
+    plan = plan_from_options(source, **options)
+    threads = threads or usable_cpus()
+    out = out or Path(output_name(plan))
+    report = describe_plan(plan, out, threads)
+    if dry_run:
+        if as_json:
+            show_json(report)
+        else:
+            _show_plan(plan, report)
+        return
+    check_output(plan, out, overwrite=overwrite)
+    check_space(plan, out)
+    for note in plan.notes:
+        say(f"note: {note}")
+    announce_compilation([t.format.name for t in plan.tensors])
+    started = time.monotonic()
+    with progress_bar(sum(t.n_bytes for t in plan.tensors), out.name) as advance:
+        done = run_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest, progress=advance)
+    seconds = time.monotonic() - started
+    if as_json:
+        summary = {k: v for k, v in report.items() if k not in ("tensors", "free_bytes", "estimated_seconds")}
+        show_json(summary | {"seconds": round(seconds, 3), "zeroed": done.zeroed,
+                             "manifest": str(manifest) if manifest else None})
+        return
+    show(f"wrote {out}: {len(plan.tensors)} tensors, {format_bytes(done.n_bytes)} in {format_seconds(seconds)}")
+    for name, n in done.zeroed.items():
+        show(f"{n} values that are not finite were converted to 0 in {name}")
+    if manifest:
+        show(f"wrote {manifest}")
+    show(f"next: dsv4tools verify {out} --source {source}")
+
+
+def _show_plan(plan: Plan, report: dict[str, object]) -> None:
+    rows: list[tuple[object, ...]] = [("tensor", "shape", "type", "offset", "bytes", "rule")]
+    rows += [(t.name, "x".join(map(str, t.tensor.ne)), t.format.name, t.offset, t.n_bytes, t.rule) for t in plan.tensors]
+    show_table(rows, right="lllrr")
+    show()
+    for pattern, count in plan.template.left_out.items():
+        if count:
+            show(f"left out       {count} source tensors {pattern}")
+    for note in plan.notes:
+        show(f"note           {note}")
+    show(f"policy         {plan.policy.name}: {plan.policy.description}")
+    for name, n_bytes in plan.bytes_by_format().items():
+        show(f"  {name:<12} {format_bytes(n_bytes)}")
+    show(f"tensors        {len(plan.tensors)}")
+    show(f"tensor data    {plan.data_bytes} bytes, {format_bytes(plan.data_bytes)}")
+    show(f"output         {report['out']}, {plan.total_bytes} bytes, {format_bytes(plan.total_bytes)}")
+    show(f"source         {plan.source_bytes} bytes to read, {format_bytes(plan.source_bytes)}; not hash-verified")
+    free = report["free_bytes"]
+    show(f"free space     {format_bytes(free) if isinstance(free, int) else 'unknown'}"
+         + ("" if report["fits"] else ": NOT ENOUGH"))
+    show(f"memory         about {format_bytes(plan.memory_bytes(int(str(report['threads']))))} of buffers")
+    show(f"time           about {format_seconds(float(str(report['estimated_seconds'])))} with {report['threads']} threads, "
+         f"an estimate")
+    if plan.nan == "zero":
+        show("values         that are not finite are converted to 0 and counted")

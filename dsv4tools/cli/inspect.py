@@ -1,0 +1,91 @@
+"""``dsv4tools inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsv4tools.checkpoint import open_checkpoint
+from dsv4tools.cli.output import EPILOG, json_option, show, show_json, show_table
+from dsv4tools.describe import describe_checkpoint, describe_gguf
+from dsv4tools.errors import InputError
+from dsv4tools.gguf.reader import scan_gguf
+from dsv4tools.sizes import format_bytes
+
+
+@click.command(epilog=EPILOG)
+@click.argument("path", metavar="FILE|DIR", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor of a GGUF.")
+@json_option
+def inspect(path: Path, tensors: bool, as_json: bool) -> None:
+    """Show what a checkpoint directory or a GGUF file holds, from its headers alone.
+
+    \b
+    Examples:
+      dsv4tools inspect DeepSeek-V4-Flash
+      dsv4tools inspect flash.gguf --tensors
+      dsv4tools inspect flash.gguf --json
+    """
+    if path.is_dir():
+        data = describe_checkpoint(open_checkpoint(path))
+        show_json(data) if as_json else _show_checkpoint(data)
+        return
+    with scan_gguf(path, template=True) as file:
+        data = describe_gguf(file)
+        errors = [f for f in file.findings if f.severity == "error"]
+    if not data["tensors"] and errors:
+        raise InputError(path, f"{errors[0].where}: {errors[0].message}", hint="is it a GGUF file?")
+    show_json(data) if as_json else _show_gguf(data, tensors=tensors)
+    if errors:
+        raise InputError(path, f"{errors[0].where}: {errors[0].message}",
+                         hint=f"dsv4tools verify {path} lists all {len(errors)} errors")
+
+
+def _layer_list(layers: list[int]) -> str:
+    if not layers:
+        return "none"
+    consecutive = layers == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}-{layers[-1]}" if consecutive and len(layers) > 1 else ", ".join(map(str, layers))
+
+
+def _show_types(types: dict[str, dict[str, int]]) -> None:
+    ordered = sorted(types.items(), key=lambda item: -item[1]["n_bytes"])
+    show_table([("  " + name, e["n_tensors"], format_bytes(e["n_bytes"])) for name, e in ordered], right="lr")
+
+
+def _show_checkpoint(data: dict[str, Any]) -> None:
+    layers, experts, tokenizer = data["layers"], data["experts"], data["tokenizer"]
+    ratios = ", ".join(f"{n} of ratio {r}" for r, n in layers["by_compress_ratio"].items())
+    show(f"checkpoint     {data['path']} ({data['name']})")
+    show(f"size           {format_bytes(data['n_bytes'])} in {data['n_shards']} shards, {data['n_tensors']} tensors")
+    _show_types(data["dtypes"])
+    show(f"layers         {layers['n']}: {ratios}")
+    show(f"experts        {experts['routed']} routed, {experts['per_token']} active per token, {experts['shared']} shared")
+    show(f"hash-routed    layers {_layer_list(layers['hash_routed'])}; the others choose the best-scored experts")
+    show(f"width          hidden {data['config']['hidden_size']}, experts {data['config']['moe_intermediate_size']}, "
+         f"vocabulary {data['config']['vocab_size']}")
+    if "error" in tokenizer:
+        show(f"tokenizer      WRONG: {tokenizer['error']}")
+    else:
+        ids = ", ".join(f"{name} {i}" for name, i in tokenizer["special_ids"].items())
+        show(f"tokenizer      {tokenizer['n_tokens']} tokens, {tokenizer['n_merges']} merges, {ids}")
+    show(f"next: dsv4tools convert {data['path']} --dry-run")
+
+
+def _show_gguf(data: dict[str, Any], *, tensors: bool) -> None:
+    experts = data["experts"]
+    show(f"GGUF           {data['path']}{' (header only)' if data['header_only'] else ''}")
+    show(f"size           {format_bytes(data['n_bytes'])}, {data['n_tensors']} tensors, data at byte {data['data_offset']}")
+    _show_types(data["types"])
+    if experts["routed"]:
+        show(f"experts        {experts['routed']} routed, {experts['per_token']} active per token, {experts['shared']} shared")
+        show(f"hash-routed    layers {_layer_list(data['hash_routed'])}")
+    for key, value in data["metadata"].items():
+        text = f"[{value['n']} items] {value['first']}" if isinstance(value, dict) else str(value)
+        show(f"{key} = {text if len(text) <= 100 else text[:97] + '...'}")
+    if tensors:
+        show_table([(t["name"], "x".join(map(str, t["ne"])), t["type"], t["offset"], t["n_bytes"]) for t in data["tensors"]],
+                   right="lllrr")
+    show(f"next: dsv4tools verify {data['path']}")

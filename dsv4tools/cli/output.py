@@ -1,0 +1,75 @@
+"""Everything that commands share to print: messages, tables, JSON, progress. Results go to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsv4tools.errors import EXIT_CODES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+EPILOG = "Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, on stderr."""
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(text, err=True)
+
+
+def show(text: str = "") -> None:
+    """A line of the result, on stdout; control characters of hostile files never reach the terminal."""
+    click.echo("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text))
+
+
+def show_json(value: dict[str, Any]) -> None:
+    """The result as JSON, on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_table(rows: Sequence[Sequence[object]], *, right: str = "") -> None:
+    """Columns aligned by spaces; `right` has an ``r`` for each column that is aligned to the right."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))] if rows else []
+    for row in rows:
+        cells = [str(c).rjust(w) if right[i:i + 1] == "r" else str(c).ljust(w)
+                 for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        show("  ".join(cells).rstrip())
+
+
+def is_interactive() -> bool:
+    """Whether a person watches stderr."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextlib.contextmanager
+def progress_bar(total_bytes: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and remaining time on a terminal, nothing elsewhere; yields the function that advances it."""
+    if not is_interactive():
+        yield lambda n_bytes: None
+        return
+    from tqdm import tqdm  # noqa: PLC0415  - pipes need none
+
+    with tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def announce_compilation(formats: Sequence[str]) -> None:
+    """Say on a terminal that the first run compiles."""
+    if not is_interactive():
+        return
+    from dsv4tools.formats.codecs import needs_compile  # noqa: PLC0415  - imports numba
+
+    if needs_compile(formats):
+        say("compiling kernels, once per version and machine: about 20 s ...")
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+threads_option = click.option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N",
+                              help="How many threads compute; all usable cores by default.")

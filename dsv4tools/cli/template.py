@@ -1,0 +1,41 @@
+"""``dsv4tools template``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dsv4tools.cli.output import EPILOG, json_option, show, show_json
+from dsv4tools.cli.planning import plan_from_options, plan_options
+from dsv4tools.sizes import format_bytes
+from dsv4tools.template_file import write_template
+
+
+@click.command(epilog=EPILOG)
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
+@plan_options
+@click.option("--sparse", is_flag=True, help="Extend the file to full size as a hole, so that any reader opens it.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@json_option
+def template(source: Path, out: Path, sparse: bool, overwrite: bool, as_json: bool, **options: object) -> None:
+    """Write what a GGUF of the checkpoint SRC says before its weights.
+
+    The file can be given to `convert --template`, to the C quantizer, and (with --sparse) to the header checks of
+    gguf-py, ds4 and llama.cpp, without converting anything.
+
+    \b
+    Examples:
+      dsv4tools template DeepSeek-V4-Flash header.gguf
+      dsv4tools template DeepSeek-V4-Flash full-size.gguf --sparse && ds4 --cpu --inspect -m full-size.gguf
+    """
+    plan = plan_from_options(source, **options)
+    n_bytes = write_template(plan, out, sparse=sparse, overwrite=overwrite)
+    if as_json:
+        show_json({"out": str(out), "n_bytes": n_bytes, "sparse": sparse, "n_tensors": len(plan.tensors),
+                   "total_bytes": plan.total_bytes, "notes": list(plan.notes)})
+        return
+    kind = "extended as a hole" if sparse else "header only"
+    show(f"wrote {out}: {len(plan.tensors)} tensors described, {format_bytes(n_bytes)}, {kind}")
+    show(f"next: dsv4tools convert {source} MODEL.gguf --template {out}")

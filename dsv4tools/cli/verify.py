@@ -1,0 +1,85 @@
+"""``dsv4tools verify``."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, threads_option
+from dsv4tools.errors import VerifyError
+from dsv4tools.sizes import format_bytes
+from dsv4tools.verify import verify as run_verification
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dsv4tools.verify import Report
+
+
+@click.command(epilog=EPILOG)
+@click.argument("path", metavar="OUT.gguf", type=click.Path(path_type=Path))
+@click.option("--source", type=click.Path(path_type=Path), metavar="SRC", help="Derive every tensor again from SRC and compare.")
+@click.option("--tensor", "tensors", multiple=True, metavar="GLOB", help="Compare only these tensors; repeatable.")
+@threads_option
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[str, ...], threads: int | None,
+           as_json: bool) -> None:
+    """Say whether a GGUF is right: its structure, and with --source every byte of its tensors.
+
+    Exit code 0: right; 5: any fault in the file; 3: a fault in the source.
+
+    \b
+    Examples:
+      dsv4tools verify flash.gguf
+      dsv4tools verify flash.gguf --source DeepSeek-V4-Flash
+      dsv4tools verify flash.gguf --source DeepSeek-V4-Flash --tensor 'blk.3.*'
+    """
+    with contextlib.ExitStack() as stack:
+        advance: Callable[[int], None] = lambda n_bytes: None  # noqa: E731  - replaced when the size is known
+
+        def announce(total_bytes: int) -> None:
+            nonlocal advance
+            advance = stack.enter_context(progress_bar(total_bytes, path.name))
+
+        report = run_verification(path, source=source, tensors=tensors, threads=threads,
+                                  progress=lambda n: advance(n), announce=announce)
+    if as_json:
+        show_json(_as_data(report))
+    else:
+        _show(report)
+    if not report.ok:
+        ctx.exit(VerifyError.exit_code)
+
+
+def _as_data(report: Report) -> dict[str, object]:
+    return {
+        "path": str(report.path), "ok": report.ok, "template": report.template, "n_tensors": report.n_tensors,
+        "n_bytes": report.n_file_bytes,
+        "findings": [{"severity": f.severity, "code": f.code, "where": f.where, "message": f.message, "offset": f.offset}
+                     for f in report.findings],
+        "tensors": [{"name": t.name, "type": t.format, "n_bytes": t.n_bytes, "ok": t.ok, "n_different": t.n_different,
+                     "first_difference": t.difference} for t in report.tensors],
+    }
+
+
+def _show(report: Report) -> None:
+    for finding in report.findings:
+        at = "" if finding.offset is None else f" (byte {finding.offset:,})"
+        show(f"{finding.severity}: {finding.where}: {finding.message}{at}")
+    wrong = [t for t in report.tensors if not t.ok]
+    for t in wrong:
+        show(f"error: tensor {t.name} ({t.format}): {t.n_different:,} of {t.n_bytes:,} bytes differ, first {t.difference}")
+    if report.template:
+        extent = "header only, no weights" if report.template == "header" else "extended to full size, its data is a hole"
+        show(f"{report.path} is a template: {extent}; it is not a model to load")
+    if report.tensors:
+        show(f"{len(report.tensors) - len(wrong)} of {len(report.tensors)} tensors are what the source gives, byte for byte")
+    verdict = "right" if report.ok else "NOT right"
+    n_errors = len(report.errors) + len(wrong)
+    detail = f"{n_errors} error{'s' if n_errors > 1 else ''}" if n_errors else \
+        f"{report.n_tensors} tensors, {format_bytes(report.n_file_bytes)}"
+    show(f"{report.path}: {verdict}: {detail}")

@@ -1,0 +1,85 @@
+"""The bytes of one unit, derived from its source: what a conversion writes and a verification compares with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv4tools.checkpoint.matrix import RowReader
+from dsv4tools.errors import InputError
+from dsv4tools.formats.codecs import encode_rows
+from dsv4tools.formats.source import FaultKind, Faults
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dsv4tools.formats.source import SourceRows
+    from dsv4tools.plan import Unit
+
+_SOURCE_HINT = "--nan zero converts such values to 0"
+_FAULTS = {
+    FaultKind.NAN_SCALE: ("is under a NaN scale byte (255)", _SOURCE_HINT),
+    FaultKind.NAN_CODE: ("is a NaN FP8 code", _SOURCE_HINT),
+    FaultKind.NOT_FINITE: ("is NaN or infinite", _SOURCE_HINT),
+    FaultKind.SCALED_OVERFLOW: ("is infinite once scaled", _SOURCE_HINT),
+    FaultKind.TARGET_OVERFLOW: ("is beyond the range of {format}", "give the tensor a type with a larger range"),
+    FaultKind.BLOCK_OVERFLOW: ("is in a block whose scale is beyond the range of F16",
+                               "give the tensor a type with a larger range"),
+}
+
+
+class UnitDeriver:
+    """Reads and encodes units, with buffers that it uses again: one per worker.
+
+    Parameters
+    ----------
+    n_experts:
+        Ids in routing tables must be below it.
+    zero_nan:
+        Convert values that are not finite to 0 instead of refusing them.
+    """
+
+    def __init__(self, n_experts: int, *, zero_nan: bool = False) -> None:
+        self._reader = RowReader()
+        self._out = np.zeros(0, np.uint8)
+        self._n_experts, self._zero_nan = n_experts, zero_nan
+
+    def read(self, unit: Unit) -> SourceRows | NDArray[np.int32]:
+        """The unit's source rows as stored; valid until the next read. Waits for the disk, not for the processor."""
+        if unit.matrix.kind is None:
+            return self._reader.read_ids(unit.matrix, unit.first_row, unit.n_rows, self._n_experts)
+        return self._reader.read_rows(unit.matrix, unit.first_row, unit.n_rows)
+
+    def encode(self, unit: Unit, rows: SourceRows | NDArray[np.int32]) -> tuple[NDArray[np.uint8], int]:
+        """The unit's bytes, uint8 [unit.n_bytes], valid until the next call; and how many values were zeroed.
+
+        Raises
+        ------
+        InputError
+            A value is not finite (unless they are zeroed) or does not fit the target type: names tensor, row, column.
+        """
+        if isinstance(rows, np.ndarray):
+            return rows.reshape(-1).view(np.uint8), 0
+        if len(self._out) < unit.n_bytes:
+            self._out = np.zeros(unit.n_bytes, np.uint8)
+        out = self._out[: unit.n_bytes]
+        faults = encode_rows(rows, unit.planned.format, out, zero_nan=self._zero_nan)
+        if faults.n_target or (faults.n_source and not self._zero_nan):
+            raise _explain(unit, faults)
+        return out, faults.n_source
+
+
+def _explain(unit: Unit, faults: Faults) -> InputError:
+    where = unit.matrix.weight.where
+    if faults.first is None:
+        return InputError(where, f"{faults.n_source + faults.n_target} faulty values")
+    kind, row, column = faults.first
+    text, hint = _FAULTS[kind]
+    row += unit.first_row
+    n = faults.n_source + faults.n_target
+    if kind is FaultKind.NAN_SCALE and unit.matrix.scale is not None:
+        where = unit.matrix.scale.where
+    more = f" (and {n - 1} more in the same {unit.n_rows} rows)" if n > 1 else ""
+    return InputError(where, f"the value at row {row} column {column} {text.format(format=unit.planned.format.name)}{more}",
+                      hint=hint)

@@ -1,0 +1,153 @@
+"""Plans, checkpoints and GGUF files as plain data, for --json, for `inspect`, and for whoever calls the library."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import asdict
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from dsv4tools.errors import Dsv4Error
+from dsv4tools.files import free_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dsv4tools.checkpoint import Checkpoint
+    from dsv4tools.gguf.reader import GgufFile
+    from dsv4tools.plan import Plan
+
+# Values per second and thread, as measured on one AVX-512 core (docs/performance.md); only for estimates.
+ENCODE_RATES = {"Q4_K": 100e6, "Q8_0": 500e6}
+OTHER_RATE = 500e6
+DISK_BYTES_PER_SECOND = 500e6
+
+
+def estimate_seconds(plan: Plan, threads: int) -> float:
+    """A rough wall time: the slower of encoding on `threads` cores and moving the bytes at 500 MB/s."""
+    encoding = sum(prod(t.tensor.ne) / ENCODE_RATES.get(t.format.name, OTHER_RATE) for t in plan.tensors)
+    return max(encoding / threads, (plan.source_bytes + plan.total_bytes) / DISK_BYTES_PER_SECOND)
+
+
+def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
+    """The plan as JSON-ready data; free space is None where the output's directory does not exist."""
+    try:
+        free: int | None = free_bytes(out.parent)
+    except OSError:
+        free = None
+    return {
+        "out": str(out),
+        "total_bytes": plan.total_bytes,
+        "data_bytes": plan.data_bytes,
+        "data_offset": plan.data_offset,
+        "source_bytes": plan.source_bytes,
+        "free_bytes": free,
+        "fits": free is not None and plan.total_bytes <= free,
+        "hash_verified": False,
+        "threads": threads,
+        "buffer_bytes": plan.memory_bytes(threads),
+        "estimated_seconds": round(estimate_seconds(plan, threads), 1),
+        "policy": {"name": plan.policy.name, "description": plan.policy.description, "sha256": plan.policy.sha256},
+        "experts_per_token": plan.checkpoint.config.num_experts_per_tok,
+        "nan": plan.nan,
+        "notes": list(plan.notes),
+        "left_out": dict(plan.template.left_out),
+        "bytes_by_type": plan.bytes_by_format(),
+        "n_tensors": len(plan.tensors),
+        "tensors": [
+            {"name": t.name, "ne": list(t.tensor.ne), "type": t.format.name, "rule": t.rule, "offset": t.offset,
+             "n_bytes": t.n_bytes, "source_bytes": t.tensor.source_bytes,
+             "sources": [m.weight.name for m in t.tensor.sources]}
+            for t in plan.tensors
+        ],
+    }
+
+
+def output_name(plan: Plan) -> str:
+    """A file name by the GGUF naming convention (ggml, docs/gguf.md): base, size label, version, encoding."""
+    values = {kv.key: kv.value for kv in plan.kvs}
+    words = re.findall(r"[A-Za-z0-9]+", str(values["general.name"])) or ["model"]
+    base = words[0]
+    for word in words[1:]:
+        # The convention has no words such as "6e", that begin with a digit and are no number.
+        base += word if word[0].isdigit() and not word.isdigit() else f"-{word}"
+    config = plan.checkpoint.config
+    tune = f"-{config.num_experts_per_tok}Expert" if plan.checkpoint.stored_experts_per_token != config.num_experts_per_tok else ""
+    encoding = next(iter(plan.bytes_by_format()))
+    return f"{base}-{values['general.size_label']}{tune}-v1.0-{encoding}.gguf"
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint holds; the tokenizer is None where it is missing or wrong, with the reason."""
+    c = checkpoint.config
+    n_layers = c.num_hidden_layers
+    try:
+        vocabulary: dict[str, Any] = {
+            "n_tokens": len(checkpoint.vocabulary.tokens), "n_merges": len(checkpoint.vocabulary.merges),
+            "special_ids": checkpoint.vocabulary.special_ids,
+            "chat_template": checkpoint.vocabulary.chat_template is not None,
+        }
+    except Dsv4Error as e:
+        vocabulary = {"error": str(e)}
+    dtypes: dict[str, dict[str, int]] = {}
+    for t in checkpoint.tensors.values():
+        entry = dtypes.setdefault(t.dtype, {"n_tensors": 0, "n_bytes": 0})
+        entry["n_tensors"] += 1
+        entry["n_bytes"] += t.n_bytes
+    return {
+        "kind": "checkpoint",
+        "path": str(checkpoint.directory),
+        "name": checkpoint.card.name,
+        "n_bytes": checkpoint.n_source_bytes,
+        "n_tensors": len(checkpoint.tensors),
+        "n_shards": len(checkpoint.shards),
+        "dtypes": dtypes,
+        "layers": {
+            "n": n_layers,
+            "by_compress_ratio": {str(r): n for r, n in sorted(Counter(c.compress_ratios[:n_layers]).items())},
+            "hash_routed": [layer for layer in range(n_layers) if c.is_hash_layer(layer)],
+        },
+        "experts": {"routed": c.n_routed_experts, "per_token": c.num_experts_per_tok, "shared": c.n_shared_experts},
+        "config": asdict(c),
+        "tokenizer": vocabulary,
+    }
+
+
+def describe_gguf(file: GgufFile) -> dict[str, Any]:
+    """What a GGUF holds; long arrays are shown by their length and first items."""
+    types: dict[str, dict[str, int]] = {}
+    for t in file.tensors.values():
+        entry = types.setdefault(t.format.name, {"n_tensors": 0, "n_bytes": 0})
+        entry["n_tensors"] += 1
+        entry["n_bytes"] += t.n_bytes
+    architecture = file.value("general.architecture")
+    n_hash = file.value(f"{architecture}.hash_layer_count")
+    return {
+        "kind": "gguf",
+        "path": str(file.path),
+        "n_bytes": file.n_file_bytes,
+        "data_offset": file.data_offset,
+        "alignment": file.alignment,
+        "header_only": file.template,
+        "architecture": architecture,
+        "experts": {
+            "routed": file.value(f"{architecture}.expert_count"), "per_token": file.value(f"{architecture}.expert_used_count"),
+            "shared": file.value(f"{architecture}.expert_shared_count"),
+        },
+        "hash_routed": list(range(n_hash)) if isinstance(n_hash, int) and n_hash <= len(file.tensors) else [],
+        "types": types,
+        "n_tensors": len(file.tensors),
+        "metadata": {key: _describe_value(kv.value) for key, kv in file.kvs.items()},
+        "tensors": [{"name": t.name, "ne": list(t.ne), "type": t.format.name, "offset": t.offset, "n_bytes": t.n_bytes}
+                    for t in file.tensors.values()],
+        "findings": [{"severity": f.severity, "code": f.code, "where": f.where, "message": f.message, "offset": f.offset}
+                     for f in file.findings],
+    }
+
+
+def _describe_value(value: Any) -> Any:  # noqa: ANN401  - metadata values are of any type
+    items = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(items, list) and len(items) > 100:
+        return {"n": len(items), "first": items[:8]}
+    return items

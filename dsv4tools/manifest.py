@@ -1,0 +1,75 @@
+"""Manifests: the sha256 of every tensor, of all tensors together, and of the file.
+
+Lines are those of llama-gguf-hash (``sha256    HEX  FILE:TENSOR``, then ``sha256    HEX  FILE`` over all payloads in file
+order, padding left out), so that its ``--check`` reads them. What that tool does not know stands behind a ``#``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsv4tools.errors import ResourceError
+from dsv4tools.files import pread_into
+from dsv4tools.gguf.reader import open_gguf
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_CHUNK_BYTES = 1 << 23
+
+
+def hash_file(path: Path) -> tuple[dict[str, str], str, str]:
+    """sha256 of each tensor's payload by name, of all payloads in order, and of the whole file, in one reading."""
+    with open_gguf(path) as file, ThreadPoolExecutor(2) as pool:
+        extents = [(t.name, file.data_offset + t.offset, t.n_bytes) for t in file.tensors.values()]
+        whole, payloads, tensors = hashlib.sha256(), hashlib.sha256(), {}
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            position = 0
+            for name, start, n_bytes in [*extents, ("", file.n_file_bytes, 0)]:
+                position = _hash_range(fd, position, start, buffer, path, pool, whole)     # header or padding
+                one = hashlib.sha256()
+                position = _hash_range(fd, position, start + n_bytes, buffer, path, pool, whole, payloads, one)
+                tensors[name] = one.hexdigest()
+        finally:
+            os.close(fd)
+    del tensors[""]
+    return tensors, payloads.hexdigest(), whole.hexdigest()
+
+
+def _hash_range(
+    fd: int, position: int, end: int, buffer: memoryview, path: Path, pool: ThreadPoolExecutor, *digests: hashlib._Hash
+) -> int:
+    while position < end:
+        view = buffer[: min(len(buffer), end - position)]
+        n = pread_into(fd, view, position)
+        if n == 0:
+            raise ResourceError(path, f"ended at byte {position:,} while it was being hashed")
+        list(pool.map(lambda digest, data=view[:n]: digest.update(data), digests))   # they release the GIL
+        position += n
+    return position
+
+
+def write_manifest(gguf: Path, path: Path, zeroed: Mapping[str, int]) -> None:
+    """Hash `gguf` and write its manifest to `path`, complete or not at all."""
+    tensors, payloads, whole = hash_file(gguf)
+    lines = [f"sha256    {digest}  {gguf.name}:{name}" for name, digest in tensors.items()]
+    lines.append(f"sha256    {payloads}  {gguf.name}")
+    lines.append(f"# sha256 of the whole file: {whole}")
+    lines += [f"# {n} values that are not finite were converted to 0 in {name}" for name, n in zeroed.items()]
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".partial", delete=False,
+                                         encoding="utf-8") as f:
+            f.write("\n".join(lines) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+            os.fchmod(f.fileno(), 0o644)
+        Path(f.name).replace(path)
+    except OSError as e:
+        raise ResourceError(path, f"cannot be written: {e.strerror}") from None
