@@ -219,7 +219,7 @@ def test_tensor_bytes_by_range(write):
 
 
 def test_tensor_bytes_without_preadv(write, monkeypatch):
-    monkeypatch.delattr(os, "preadv")
+    monkeypatch.delattr(os, "preadv", raising=False)
     with open_gguf(write(gguf(EVERY_TYPE, THREE, THREE_DATA))) as file:
         assert file.read_tensor_bytes("b").tolist() == list(range(1, 69))
 
@@ -320,7 +320,7 @@ def test_what_is_no_regular_file_is_refused_without_hanging(tmp_path, write):
         (Path("/dev/zero"), InputError, "is no regular file"),
         (tmp_path / "loop", ResourceError, "cannot be opened"),
         (tmp_path / "file" / "x", ResourceError, "cannot be opened"),
-        (tmp_path / "a\0b", InputError, "null byte"),
+        (tmp_path / "a\0b", InputError, "null"),
     ):
         for function in (scan_gguf, open_gguf):
             with pytest.raises(error, match=message):
