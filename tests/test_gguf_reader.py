@@ -116,6 +116,12 @@ def test_an_offset_error_says_what_it_is(write):
     }
 
 
+def test_behind_a_tensor_of_unknown_size_an_offset_must_still_be_aligned(write):
+    tensors = [tensor("a"), tensor("kind", (8,), 77, 32), tensor("odd", offset=500), tensor("next", offset=544)]
+    with scan_gguf(write(gguf((), tensors, bytes(576)))) as file:
+        assert [(f.where, f.code) for f in file.findings] == [("kind", "tensor-type"), ("odd", "tensor-offset")]
+
+
 def test_the_last_finding_says_that_reading_stopped(write):
     with scan_gguf(write(gguf([kv("k", 13, bytes(8)), kv_u32("", 1)], n_kvs=2))) as file:
         assert [(f.code, f.where) for f in file.findings] == [("value-type", "k")]
