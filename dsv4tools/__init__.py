@@ -23,6 +23,6 @@ from dsv4tools.verify import Report, verify
 
 __all__ = [
     "Checkpoint", "Conversion", "Dsv4Error", "InputError", "Plan", "Policy", "Report", "ResourceError", "UsageError",
-    "VerifyError", "convert", "dequantize", "list_policies", "load_policy", "open_checkpoint", "plan", "quantize", "reroute",
-    "verify",
+    "VerifyError", "convert", "dequantize", "list_policies", "load_policy", "open_checkpoint", "plan", "quantize",
+    "reroute", "verify",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from dsv4tools.sizes import format_bytes
 from dsv4tools.workers import run_units
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator
 
     from dsv4tools.plan import Plan, Unit
@@ -101,10 +101,11 @@ def check_output(plan: Plan, out: Path, *, overwrite: bool) -> None:
     source = plan.checkpoint.directory.resolve()
     if out.is_dir():
         raise UsageError(out, "is a directory", hint="give the name of the output file")
-    if out.exists() and any(os.path.samefile(out, path) for path in inputs):
+    if out.exists() and any(out.samefile(path) for path in inputs):
         raise UsageError(out, "is one of the inputs")
     if out.resolve().is_relative_to(source):
-        raise UsageError(out, f"lies in the source directory {source}", hint="write elsewhere: inputs are never touched")
+        raise UsageError(out, f"lies in the source directory {source}",
+                         hint="write elsewhere: inputs are never touched")
     _check_new(out, overwrite=overwrite)
     if not out.parent.is_dir():
         raise ResourceError(out.parent, "is no directory", hint="create it first")
@@ -132,7 +133,8 @@ def check_written(plan: Plan, path: Path) -> None:
     with scan_gguf(path) as file:
         errors = [f for f in file.findings if f.severity == "error"]
         if errors:
-            raise Dsv4Error(path, f"was written wrongly: {errors[0].where}: {errors[0].message}", hint="please report this")
+            raise Dsv4Error(path, f"was written wrongly: {errors[0].where}: {errors[0].message}",
+                            hint="please report this")
         found = [(t.name, t.ne, t.format.name, t.offset) for t in file.tensors.values()]
         planned = [(t.name, t.tensor.ne, t.format.name, t.offset) for t in plan.tensors]
         if found != planned or file.n_file_bytes != plan.total_bytes or list(file.kvs) != [kv.key for kv in plan.kvs]:
@@ -185,7 +187,7 @@ def _write_units(
             with computing:
                 data, n_zeroed = deriver.encode(unit, rows)
             with _explained(partial):
-                pwrite_all(fd, memoryview(data), plan.data_offset + unit.planned.offset + unit.start)
+                pwrite_all(fd, data.data, plan.data_offset + unit.planned.offset + unit.start)
             return n_zeroed
 
         return work

@@ -81,5 +81,5 @@ def _explain(unit: Unit, faults: Faults) -> InputError:
     if kind is FaultKind.NAN_SCALE and unit.matrix.scale is not None:
         where = unit.matrix.scale.where
     more = f" (and {n - 1} more in the same {unit.n_rows} rows)" if n > 1 else ""
-    return InputError(where, f"the value at row {row} column {column} {text.format(format=unit.planned.format.name)}{more}",
-                      hint=hint)
+    what = text.format(format=unit.planned.format.name)
+    return InputError(where, f"the value at row {row} column {column} {what}{more}", hint=hint)

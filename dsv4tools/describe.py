@@ -73,7 +73,8 @@ def output_name(plan: Plan) -> str:
         # The convention has no words such as "6e", that begin with a digit and are no number.
         base += word if word[0].isdigit() and not word.isdigit() else f"-{word}"
     config = plan.checkpoint.config
-    tune = f"-{config.num_experts_per_tok}Expert" if plan.checkpoint.stored_experts_per_token != config.num_experts_per_tok else ""
+    n_experts = config.num_experts_per_tok
+    tune = f"-{n_experts}Expert" if plan.checkpoint.stored_experts_per_token != n_experts else ""
     encoding = next(iter(plan.bytes_by_format()))
     return f"{base}-{values['general.size_label']}{tune}-v1.0-{encoding}.gguf"
 
@@ -132,7 +133,8 @@ def describe_gguf(file: GgufFile) -> dict[str, Any]:
         "header_only": file.template,
         "architecture": architecture,
         "experts": {
-            "routed": file.value(f"{architecture}.expert_count"), "per_token": file.value(f"{architecture}.expert_used_count"),
+            "routed": file.value(f"{architecture}.expert_count"),
+            "per_token": file.value(f"{architecture}.expert_used_count"),
             "shared": file.value(f"{architecture}.expert_shared_count"),
         },
         "hash_routed": list(range(n_hash)) if isinstance(n_hash, int) and n_hash <= len(file.tensors) else [],
@@ -141,8 +143,7 @@ def describe_gguf(file: GgufFile) -> dict[str, Any]:
         "metadata": {key: _describe_value(kv.value) for key, kv in file.kvs.items()},
         "tensors": [{"name": t.name, "ne": list(t.ne), "type": t.format.name, "offset": t.offset, "n_bytes": t.n_bytes}
                     for t in file.tensors.values()],
-        "findings": [{"severity": f.severity, "code": f.code, "where": f.where, "message": f.message, "offset": f.offset}
-                     for f in file.findings],
+        "findings": [asdict(f) for f in file.findings],
     }
 
 

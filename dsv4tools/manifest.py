@@ -1,7 +1,7 @@
 """Manifests: the sha256 of every tensor, of all tensors together, and of the file.
 
-Lines are those of llama-gguf-hash (``sha256    HEX  FILE:TENSOR``, then ``sha256    HEX  FILE`` over all payloads in file
-order, padding left out), so that its ``--check`` reads them. What that tool does not know stands behind a ``#``.
+Lines are those of llama-gguf-hash (``sha256    HEX  FILE:TENSOR``, then ``sha256    HEX  FILE`` over all payloads in
+file order, padding left out), so that its ``--check`` reads them. What that tool does not know stands behind a ``#``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dsv4tools.files import pread_into
 from dsv4tools.gguf.reader import open_gguf
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 _CHUNK_BYTES = 1 << 23
 
 
 def hash_file(path: Path) -> tuple[dict[str, str], str, str]:
     """sha256 of each tensor's payload by name, of all payloads in order, and of the whole file, in one reading."""
-    with open_gguf(path) as file, ThreadPoolExecutor(2) as pool:
+    with open_gguf(path) as file, ThreadPoolExecutor(3) as pool:
         extents = [(t.name, file.data_offset + t.offset, t.n_bytes) for t in file.tensors.values()]
         whole, payloads, tensors = hashlib.sha256(), hashlib.sha256(), {}
         buffer = memoryview(bytearray(_CHUNK_BYTES))
@@ -33,9 +33,13 @@ def hash_file(path: Path) -> tuple[dict[str, str], str, str]:
         try:
             position = 0
             for name, start, n_bytes in [*extents, ("", file.n_file_bytes, 0)]:
-                position = _hash_range(fd, position, start, buffer, path, pool, whole)     # header or padding
+                for data in _chunks(fd, position, start, buffer, path):   # header or padding
+                    whole.update(data)
                 one = hashlib.sha256()
-                position = _hash_range(fd, position, start + n_bytes, buffer, path, pool, whole, payloads, one)
+                for data in _chunks(fd, start, start + n_bytes, buffer, path):
+                    # Hashing releases the GIL: the three run side by side.
+                    list(pool.map(lambda digest, data=data: digest.update(data), (whole, payloads, one)))
+                position = start + n_bytes
                 tensors[name] = one.hexdigest()
         finally:
             os.close(fd)
@@ -43,17 +47,13 @@ def hash_file(path: Path) -> tuple[dict[str, str], str, str]:
     return tensors, payloads.hexdigest(), whole.hexdigest()
 
 
-def _hash_range(
-    fd: int, position: int, end: int, buffer: memoryview, path: Path, pool: ThreadPoolExecutor, *digests: hashlib._Hash
-) -> int:
+def _chunks(fd: int, position: int, end: int, buffer: memoryview, path: Path) -> Iterator[memoryview]:
     while position < end:
-        view = buffer[: min(len(buffer), end - position)]
-        n = pread_into(fd, view, position)
+        n = pread_into(fd, buffer[: min(len(buffer), end - position)], position)
         if n == 0:
             raise ResourceError(path, f"ended at byte {position:,} while it was being hashed")
-        list(pool.map(lambda digest, data=view[:n]: digest.update(data), digests))   # they release the GIL
+        yield buffer[:n]
         position += n
-    return position
 
 
 def write_manifest(gguf: Path, path: Path, zeroed: Mapping[str, int]) -> None:

@@ -15,7 +15,7 @@ from dsv4tools.errors import UsageError
 from dsv4tools.flags import rules_from_flags
 from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
 from dsv4tools.gguf.values import KV
-from dsv4tools.policy import Decision, Policy, decide_formats, load_policy
+from dsv4tools.policy import Policy, decide_formats, load_policy
 from dsv4tools.template import Template, TemplateTensor, apply_template_file, derive_template
 from dsv4tools.workers import EXTRA_THREADS
 
@@ -189,11 +189,11 @@ def make_plan(
         PlannedTensor(t, decisions[t.name].format, decisions[t.name].rule, offset, n_bytes)
         for t, offset, n_bytes in zip(template.tensors, offsets, sizes, strict=True)
     )
-    return Plan(checkpoint, chosen, template, _complete_entries(template, chosen, decisions, tensors, nan), tensors, nan)
+    return Plan(checkpoint, chosen, template, _complete_entries(template, chosen, tensors, nan), tensors, nan)
 
 
 def _complete_entries(
-    template: Template, policy: Policy, decisions: Mapping[str, Decision], tensors: Sequence[PlannedTensor], nan: NanPolicy
+    template: Template, policy: Policy, tensors: Sequence[PlannedTensor], nan: NanPolicy
 ) -> tuple[KV, ...]:
     entries = [
         KV("general.file_type", "u32", _file_type(policy, tensors)),

@@ -1,7 +1,7 @@
 """Policies: ordered rules that give each matrix of a GGUF its ggml type, and say which rule decided.
 
-A policy is a TOML file of ``[[rule]]`` tables (see policies/). The first rule that matches a tensor decides. Vectors stay
-F32 and routing tables I32: a wildcard passes over them, a literal name is an error, because it cannot be obeyed.
+A policy is a TOML file of ``[[rule]]`` tables (see policies/). The first rule that matches a tensor decides. Vectors
+stay F32 and routing tables I32: a wildcard passes over them, a literal name is an error, because it cannot be obeyed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,8 +91,10 @@ class Policy:
         return hashlib.sha256(json.dumps(rules, separators=(",", ":")).encode()).hexdigest()
 
     def with_flags(self, flags: Sequence[Rule]) -> Policy:
-        """This policy with `flags` asked first; it then stands for no one file type."""
-        return Policy(f"{self.name} with flags", self.description, self.rules, None, tuple(flags), self.path) if flags else self
+        """The same rules with `flags` asked first; the policy then stands for no one file type."""
+        if not flags:
+            return self
+        return replace(self, name=f"{self.name} with flags", file_type=None, flags=tuple(flags))
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,7 @@ def _read_layers(text: Any, where: str) -> frozenset[int]:  # noqa: ANN401  - un
     for part in text.split(",") if isinstance(text, str) else [""]:
         match = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise InputError(where, f"layers is {text!r}, expected numbers and ranges such as \"0-2,5\"")
+            raise InputError(where, f"layers is {text!r}, expected numbers and ranges such as '0-2,5'")
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(layers)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4tools.errors import ResourceError, UsageError
@@ -12,6 +11,8 @@ from dsv4tools.gguf.values import KV
 from dsv4tools.plan import TEMPLATE_KEY
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dsv4tools.plan import Plan
 
 

@@ -19,9 +19,34 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class _Failed(Generic[Item]):
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
+class _Crew(Generic[Item, Result]):
+    """Threads that work on one list of items until it ends, something fails, or they are told to stop."""
+
+    def __init__(
+        self, items: Iterable[Item], make_worker: Callable[[threading.Semaphore], Callable[[Item], Result]], threads: int
+    ) -> None:
+        self._items, self._lock = iter(items), threading.Lock()
+        self._make_worker, self._computing = make_worker, threading.Semaphore(threads)
+        self.done: SimpleQueue[tuple[Item, Result] | None] = SimpleQueue()   # None: one thread has ended
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self.threads = [threading.Thread(target=self._run, name=f"unit-{i}", daemon=True)
+                        for i in range(threads + EXTRA_THREADS)]
+
+    def _run(self) -> None:
+        try:
+            worker = self._make_worker(self._computing)
+            while not self.stop.is_set():
+                with self._lock:
+                    item = next(self._items, None)
+                if item is None:
+                    break
+                self.done.put((item, worker(item)))
+        except BaseException as e:  # noqa: BLE001  - whatever it is, it is raised in the caller's thread
+            self.error = self.error or e
+            self.stop.set()
+        finally:
+            self.done.put(None)
 
 
 def run_units(
@@ -41,43 +66,20 @@ def run_units(
     The first exception of a worker is raised here, after all others finished the item that they had in hand. Closing
     the iterator stops the workers likewise.
     """
-    computing = threading.Semaphore(threads)
-    source, lock = iter(items), threading.Lock()
-    done: SimpleQueue[tuple[Item, Result] | _Failed[Item] | None] = SimpleQueue()
-    stop = threading.Event()
-
-    def work() -> None:
-        try:
-            worker = make_worker(computing)
-            while not stop.is_set():
-                with lock:
-                    item = next(source, None)
-                if item is None:
-                    break
-                done.put((item, worker(item)))
-        except BaseException as e:  # noqa: BLE001  - whatever it is, it is raised in the caller's thread
-            stop.set()
-            done.put(_Failed(e))
-        finally:
-            done.put(None)
-
-    pool = [threading.Thread(target=work, name=f"unit-{i}", daemon=True) for i in range(threads + EXTRA_THREADS)]
-    for thread in pool:
+    crew = _Crew(items, make_worker, threads)
+    for thread in crew.threads:
         thread.start()
-    failed: _Failed[Item] | None = None
-    running = len(pool)
+    running = len(crew.threads)
     try:
         while running:
-            outcome = done.get()
+            outcome = crew.done.get()
             if outcome is None:
                 running -= 1
-            elif isinstance(outcome, _Failed):
-                failed = failed or outcome
-            elif failed is None:
+            elif crew.error is None:
                 yield outcome
     finally:
-        stop.set()
-        for thread in pool:
+        crew.stop.set()
+        for thread in crew.threads:
             thread.join()
-    if failed is not None:
-        raise failed.error
+    if crew.error is not None:
+        raise crew.error

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself outside its weights: the model card's front matter, sampling defaults, its origin."""
+"""What a checkpoint says of itself outside its weights: model card, sampling defaults, origin."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def _check_consistent(c: Config, read: _Reader) -> None:
          f"even and at most head_dim = {c.head_dim}"),
         ("o_groups", c.o_groups, c.num_attention_heads % c.o_groups == 0,
          f"a divisor of num_attention_heads = {c.num_attention_heads}"),
-        ("tie_word_embeddings", read.raw.get("tie_word_embeddings"), read.raw.get("tie_word_embeddings") in (None, False),
+        ("tie_word_embeddings", read.raw.get("tie_word_embeddings"), not read.raw.get("tie_word_embeddings"),
          "false: the published layout has a separate head"),
     )
     for key, value, good, expected in checks:

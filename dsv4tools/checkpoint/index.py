@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4tools.checkpoint.shard import Shard, read_shard
@@ -12,6 +11,7 @@ from dsv4tools.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 INDEX_NAME = "model.safetensors.index.json"
 # One plain file name. An index is data from a stranger: "../x", "/etc/x", "a/b", "C:x" and URLs must never be opened.

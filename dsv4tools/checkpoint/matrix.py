@@ -1,15 +1,15 @@
 """A logical matrix of a checkpoint: a weight, its scales where it has any, and how to read a run of its rows.
 
 The dtype decides how a matrix is stored; the name never does. Layouts: packed FP4 is I8 [rows, columns / 2] with
-E8M0 scales [rows, columns / 32]; F8_E4M3 [rows, columns] has scales [ceil(rows / b0), ceil(columns / b1)] with the block
-size of config.json; everything else is plain.
+E8M0 scales [rows, columns / 32]; F8_E4M3 [rows, columns] has scales [ceil(rows / b0), ceil(columns / b1)] with the
+block size of config.json; everything else is plain.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FP4_SCALE_COLUMNS = 32
 _PLAIN = {"F32": SourceKind.F32, "F16": SourceKind.F16, "BF16": SourceKind.BF16}
-_INTEGERS = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
+_INTEGERS: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,8 @@ def bind_matrix(
 
 def _expect(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
-        raise InputError(tensor.where, f"has shape {list(tensor.shape)} ({tensor.dtype}), config.json implies {list(shape)}")
+        raise InputError(tensor.where, f"has shape {list(tensor.shape)} ({tensor.dtype}), "
+                         f"config.json implies {list(shape)}")
 
 
 def _find_scale(
@@ -127,7 +128,7 @@ class RowReader:
         self._data = _grown(self._data, n_rows * row_bytes)
         data = self._data[: n_rows * row_bytes]
         weight = matrix.weight
-        weight.shard.read_into(weight.begin + first_row * row_bytes, memoryview(data))
+        weight.shard.read_into(weight.begin + first_row * row_bytes, data.data)
         if matrix.scale is None:
             return SourceRows(matrix.kind, data, n_rows, matrix.n_cols)
         block_rows, block_cols = matrix.block
@@ -136,7 +137,7 @@ class RowReader:
         n_scales = (last - first + 1) * n_scale_cols
         self._scales = _grown(self._scales, n_scales)
         scales = self._scales[:n_scales]
-        matrix.scale.shard.read_into(matrix.scale.begin + first * n_scale_cols, memoryview(scales))
+        matrix.scale.shard.read_into(matrix.scale.begin + first * n_scale_cols, scales.data)
         return SourceRows(matrix.kind, data, n_rows, matrix.n_cols, scales.reshape(-1, n_scale_cols), block_rows,
                           block_cols, first_row - first * block_rows)
 
@@ -149,14 +150,14 @@ class RowReader:
         stored = weight.stored_columns or matrix.n_cols
         n_bytes = n_rows * stored * dtype.itemsize
         self._data = _grown(self._data, n_bytes)
-        weight.shard.read_into(weight.begin + first_row * stored * dtype.itemsize, memoryview(self._data[:n_bytes]))
+        weight.shard.read_into(weight.begin + first_row * stored * dtype.itemsize, self._data[:n_bytes].data)
         ids = self._data[:n_bytes].view(dtype).reshape(n_rows, stored)[:, : matrix.n_cols]
         bad = np.argwhere((ids < 0) | (ids >= limit))
         if len(bad):
             row, column = (int(n) for n in bad[0])
-            raise InputError(weight.where, f"row {first_row + row} column {column} routes to expert {ids[row, column]}, "
-                             f"expected 0 to {limit - 1}")
-        return ids.astype("<i4")
+            raise InputError(weight.where, f"row {first_row + row} column {column} routes to expert "
+                             f"{ids[row, column]}, expected 0 to {limit - 1}")
+        return np.asarray(ids, np.int32)
 
 
 def _grown(buffer: NDArray[np.uint8], n_bytes: int) -> NDArray[np.uint8]:

@@ -195,7 +195,8 @@ def _parse_entry(name: str, entry: Any, data_start: int, where: object) -> Shard
     begin, end = span
     n_bits = prod(shape) * DTYPE_BITS[dtype]   # exact integers: no product can wrap
     if n_bits % 8 or end - begin != n_bits // 8:
-        raise InputError(at, f"data_offsets span {end - begin:,} bytes, shape {shape} x {dtype} needs {n_bits / 8:,.10g}")
+        raise InputError(at, f"data_offsets span {end - begin:,} bytes, "
+                         f"shape {shape} x {dtype} needs {n_bits / 8:,.10g}")
     return ShardTensor(dtype, tuple(shape), data_start + begin, end - begin)
 
 
@@ -209,7 +210,8 @@ def _check_spans(tensors: dict[str, ShardTensor], data_start: int, n_file_bytes:
     for name, t in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].n_bytes)):
         if t.begin != position:
             kind = "overlaps" if t.begin < position else "leaves a hole after"
-            raise InputError(f"{where}: tensor {name!r}", f"{kind} {before}: begins at {t.begin:,}, expected {position:,}")
+            raise InputError(f"{where}: tensor {name!r}",
+                             f"{kind} {before}: begins at {t.begin:,}, expected {position:,}")
         position, before = t.begin + t.n_bytes, f"tensor {name!r}"
     if position != n_file_bytes:
         what = "is truncated" if position > n_file_bytes else "has bytes behind its last tensor"

@@ -122,7 +122,7 @@ def _assign_ids(vocab: dict[str, Any], added: dict[str, tuple[Any, bool]]) -> di
     ids: dict[str, int] = {}
     following = len(vocab)
     for text in added:
-        ids[text] = vocab[text] if text in vocab else following
+        ids[text] = vocab.get(text, following)
         if type(ids[text]) is int:
             following = max(following, ids[text] + 1)
     return ids
@@ -141,7 +141,8 @@ def _place_tokens(
     for text, (declared, _) in added.items():
         _check_id(declared, f"added token {text!r}", vocab_size, path)
         if vocab.get(text, declared) != declared:
-            raise InputError(path, f"token {text!r} has id {vocab[text]} in the vocab, {declared} among the added tokens")
+            raise InputError(path, f"token {text!r} has id {vocab[text]} in the vocab, "
+                             f"{declared} among the added tokens")
     present = set(tokens)
     placed = [f"[PAD{i}]" if t is None else t for i, t in enumerate(tokens)]
     clash = next((p for p, t in zip(placed, tokens, strict=True) if t is None and p in present), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,7 +19,7 @@ from dsv4tools.cli.output import (
     show_table,
     threads_option,
 )
-from dsv4tools.cli.planning import plan_options, plan_from_options
+from dsv4tools.cli.planning import plan_from_options, plan_options
 from dsv4tools.convert import check_output, check_space
 from dsv4tools.convert import convert as run_conversion
 from dsv4tools.describe import describe_plan, output_name
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and write nothing.")
 @json_option
 def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool, manifest: Path | None, dry_run: bool,
-            as_json: bool, **options: object) -> None:
+            as_json: bool, **options: Any) -> None:
     """Write a GGUF from the checkpoint SRC.
 
     Without OUT.gguf the name follows the GGUF naming convention, in the current directory. The bytes do not depend on
@@ -74,7 +74,7 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
         done = run_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest, progress=advance)
     seconds = time.monotonic() - started
     if as_json:
-        summary = {k: v for k, v in report.items() if k not in ("tensors", "free_bytes", "estimated_seconds")}
+        summary = {k: v for k, v in report.items() if k not in {"tensors", "free_bytes", "estimated_seconds"}}
         show_json(summary | {"seconds": round(seconds, 3), "zeroed": done.zeroed,
                              "manifest": str(manifest) if manifest else None})
         return
@@ -88,7 +88,8 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
 
 def _show_plan(plan: Plan, report: dict[str, object]) -> None:
     rows: list[tuple[object, ...]] = [("tensor", "shape", "type", "offset", "bytes", "rule")]
-    rows += [(t.name, "x".join(map(str, t.tensor.ne)), t.format.name, t.offset, t.n_bytes, t.rule) for t in plan.tensors]
+    rows += [(t.name, "x".join(map(str, t.tensor.ne)), t.format.name, t.offset, t.n_bytes, t.rule)
+             for t in plan.tensors]
     show_table(rows, right="lllrr")
     show()
     for pattern, count in plan.template.left_out.items():
@@ -107,7 +108,7 @@ def _show_plan(plan: Plan, report: dict[str, object]) -> None:
     show(f"free space     {format_bytes(free) if isinstance(free, int) else 'unknown'}"
          + ("" if report["fits"] else ": NOT ENOUGH"))
     show(f"memory         about {format_bytes(plan.memory_bytes(int(str(report['threads']))))} of buffers")
-    show(f"time           about {format_seconds(float(str(report['estimated_seconds'])))} with {report['threads']} threads, "
-         f"an estimate")
+    seconds = format_seconds(float(str(report["estimated_seconds"])))
+    show(f"time           about {seconds} with {report['threads']} threads, an estimate")
     if plan.nan == "zero":
         show("values         that are not finite are converted to 0 and counted")

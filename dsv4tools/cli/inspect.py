@@ -55,6 +55,11 @@ def _show_types(types: dict[str, dict[str, int]]) -> None:
     show_table([("  " + name, e["n_tensors"], format_bytes(e["n_bytes"])) for name, e in ordered], right="lr")
 
 
+def _show_experts(experts: dict[str, Any]) -> None:
+    show(f"experts        {experts['routed']} routed, {experts['per_token']} active per token, "
+         f"{experts['shared']} shared")
+
+
 def _show_checkpoint(data: dict[str, Any]) -> None:
     layers, experts, tokenizer = data["layers"], data["experts"], data["tokenizer"]
     ratios = ", ".join(f"{n} of ratio {r}" for r, n in layers["by_compress_ratio"].items())
@@ -62,7 +67,7 @@ def _show_checkpoint(data: dict[str, Any]) -> None:
     show(f"size           {format_bytes(data['n_bytes'])} in {data['n_shards']} shards, {data['n_tensors']} tensors")
     _show_types(data["dtypes"])
     show(f"layers         {layers['n']}: {ratios}")
-    show(f"experts        {experts['routed']} routed, {experts['per_token']} active per token, {experts['shared']} shared")
+    _show_experts(experts)
     show(f"hash-routed    layers {_layer_list(layers['hash_routed'])}; the others choose the best-scored experts")
     show(f"width          hidden {data['config']['hidden_size']}, experts {data['config']['moe_intermediate_size']}, "
          f"vocabulary {data['config']['vocab_size']}")
@@ -77,15 +82,16 @@ def _show_checkpoint(data: dict[str, Any]) -> None:
 def _show_gguf(data: dict[str, Any], *, tensors: bool) -> None:
     experts = data["experts"]
     show(f"GGUF           {data['path']}{' (header only)' if data['header_only'] else ''}")
-    show(f"size           {format_bytes(data['n_bytes'])}, {data['n_tensors']} tensors, data at byte {data['data_offset']}")
+    show(f"size           {format_bytes(data['n_bytes'])}, {data['n_tensors']} tensors, "
+         f"data at byte {data['data_offset']}")
     _show_types(data["types"])
     if experts["routed"]:
-        show(f"experts        {experts['routed']} routed, {experts['per_token']} active per token, {experts['shared']} shared")
+        _show_experts(experts)
         show(f"hash-routed    layers {_layer_list(data['hash_routed'])}")
     for key, value in data["metadata"].items():
         text = f"[{value['n']} items] {value['first']}" if isinstance(value, dict) else str(value)
         show(f"{key} = {text if len(text) <= 100 else text[:97] + '...'}")
     if tensors:
-        show_table([(t["name"], "x".join(map(str, t["ne"])), t["type"], t["offset"], t["n_bytes"]) for t in data["tensors"]],
-                   right="lllrr")
+        rows = [(t["name"], "x".join(map(str, t["ne"])), t["type"], t["offset"], t["n_bytes"]) for t in data["tensors"]]
+        show_table(rows, right="lllrr")
     show(f"next: dsv4tools verify {data['path']}")

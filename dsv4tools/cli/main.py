@@ -76,11 +76,11 @@ def main() -> NoReturn:
     sys.exit(_run(arguments, debug=debug))
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001  - signal's signature
     raise Interrupted(number, "terminated", hint="nothing was left under the output's name")
 
 
-def _run(arguments: list[str], *, debug: bool) -> int:
+def _run(arguments: list[str], *, debug: bool) -> int:  # noqa: PLR0911  - one return per kind of ending
     try:
         code = group.main(arguments, prog_name="dsv4tools", standalone_mode=False)
         sys.stdout.flush()
@@ -103,7 +103,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except OSError as e:
         return _fail(e, debug, f"{e.filename or 'input/output'}: {e.strerror or e}", 4)
     except Exception as e:  # noqa: BLE001  - the last resort: a bug of ours still ends in one line
-        return _fail(e, debug, f"a bug in dsv4tools: {type(e).__name__}: {e}; please report it with --debug's output", 1)
+        text = f"a bug in dsv4tools: {type(e).__name__}: {e}; please report it with --debug's output"
+        return _fail(e, debug, text, 1)
 
 
 def _fail(error: BaseException, debug: bool, text: str | None = None, code: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""Everything that commands share to print: messages, tables, JSON, progress. Results go to stdout, the rest to stderr."""
+"""What commands share to print: messages, tables, JSON, progress. Results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 

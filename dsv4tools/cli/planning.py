@@ -23,7 +23,8 @@ def plan_options(command: _Command) -> _Command:
     options = [
         click.option("--policy", default="q4k", show_default=True, metavar="NAME|FILE",
                      help="Types by rule: a shipped policy, a TOML file, or 'template'."),
-        click.option("--experts-per-token", type=click.IntRange(1), metavar="N", help="Re-route to N experts per token."),
+        click.option("--experts-per-token", type=click.IntRange(1), metavar="N",
+                     help="Re-route to N experts per token."),
         click.option("--template", "template_file", type=click.Path(path_type=Path), metavar="FILE",
                      help="A GGUF that gives tensor order, metadata and tokenizer."),
         click.option("--nan", type=click.Choice(["refuse", "zero"]), default="refuse", show_default=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,7 +29,8 @@ def _as_data(p: Policy) -> dict[str, object]:
     return {
         "name": p.name, "description": p.description, "file_type": p.file_type, "sha256": p.sha256,
         "rules": [{"tensors": list(r.tensors), "type": r.format.name if r.format else "template",
-                   "layers": sorted(r.layers) if r.layers is not None else None, "optional": r.optional} for r in p.rules],
+                   "layers": sorted(r.layers) if r.layers is not None else None, "optional": r.optional}
+                  for r in p.rules],
     }
 
 
@@ -66,7 +68,7 @@ def show_command(name: str, as_json: bool) -> None:
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @plan_options
 @json_option
-def explain_command(source: Path, as_json: bool, **options: object) -> None:
+def explain_command(source: Path, as_json: bool, **options: Any) -> None:
     """Show which type each tensor of the checkpoint SRC gets, by which rule, and how many bytes that takes.
 
     \b
@@ -86,5 +88,6 @@ def explain_command(source: Path, as_json: bool, **options: object) -> None:
     by_rule: dict[tuple[str, str], list[int]] = {}
     for t in plan.tensors:
         by_rule.setdefault((t.rule, t.format.name), []).append(t.n_bytes)
-    show_table([(len(sizes), kind, format_bytes(sum(sizes)), rule) for (rule, kind), sizes in by_rule.items()], right="r")
+    show_table([(len(sizes), kind, format_bytes(sum(sizes)), rule) for (rule, kind), sizes in by_rule.items()],
+               right="r")
     show(f"{len(plan.tensors)} tensors, {format_bytes(plan.total_bytes)}")

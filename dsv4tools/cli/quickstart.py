@@ -19,7 +19,8 @@ from dsv4tools.verify import verify
 
 
 @click.command(epilog=EPILOG)
-@click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Work in DIR (new or empty) and keep the files.")
+@click.option("--keep", type=click.Path(path_type=Path), metavar="DIR",
+              help="Work in DIR (new or empty) and keep the files.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the random weights.")
 @click.option("--layers", type=click.IntRange(3, 64), default=5, show_default=True, help="Layers of the checkpoint.")
 @click.option("--experts", type=click.IntRange(6, 512), default=12, show_default=True, help="Experts per layer.")
@@ -44,7 +45,8 @@ def _run(directory: Path, seed: int, layers: int, experts: int) -> None:
     show(f"1. a small checkpoint in DeepSeek's published layout, random weights (seed {seed}): {source}")
     write_checkpoint(source, shape, seed=seed)
     checkpoint = open_checkpoint(source)
-    show(f"   {len(checkpoint.tensors)} tensors in {len(checkpoint.shards)} shards, {format_bytes(checkpoint.n_source_bytes)}")
+    size = format_bytes(checkpoint.n_source_bytes)
+    show(f"   {len(checkpoint.tensors)} tensors in {len(checkpoint.shards)} shards, {size}")
     plan = make_plan(checkpoint)
     show(f"2. converted with policy {plan.policy.name}: {plan.policy.description}")
     announce_compilation([t.format.name for t in plan.tensors])

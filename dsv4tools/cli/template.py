@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +20,7 @@ from dsv4tools.template_file import write_template
 @click.option("--sparse", is_flag=True, help="Extend the file to full size as a hole, so that any reader opens it.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @json_option
-def template(source: Path, out: Path, sparse: bool, overwrite: bool, as_json: bool, **options: object) -> None:
+def template(source: Path, out: Path, sparse: bool, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Write what a GGUF of the checkpoint SRC says before its weights.
 
     The file can be given to `convert --template`, to the C quantizer, and (with --sparse) to the header checks of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 @click.command(epilog=EPILOG)
 @click.argument("path", metavar="OUT.gguf", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), metavar="SRC", help="Derive every tensor again from SRC and compare.")
+@click.option("--source", type=click.Path(path_type=Path), metavar="SRC",
+              help="Derive every tensor again from SRC and compare.")
 @click.option("--tensor", "tensors", multiple=True, metavar="GLOB", help="Compare only these tensors; repeatable.")
 @threads_option
 @json_option
@@ -46,7 +48,7 @@ def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[s
             advance = stack.enter_context(progress_bar(total_bytes, path.name))
 
         report = run_verification(path, source=source, tensors=tensors, threads=threads,
-                                  progress=lambda n: advance(n), announce=announce)
+                                  progress=lambda n: advance(n), announce=announce)  # noqa: PLW0108  - advance changes
     if as_json:
         show_json(_as_data(report))
     else:
@@ -59,8 +61,7 @@ def _as_data(report: Report) -> dict[str, object]:
     return {
         "path": str(report.path), "ok": report.ok, "template": report.template, "n_tensors": report.n_tensors,
         "n_bytes": report.n_file_bytes,
-        "findings": [{"severity": f.severity, "code": f.code, "where": f.where, "message": f.message, "offset": f.offset}
-                     for f in report.findings],
+        "findings": [asdict(f) for f in report.findings],
         "tensors": [{"name": t.name, "type": t.format, "n_bytes": t.n_bytes, "ok": t.ok, "n_different": t.n_different,
                      "first_difference": t.difference} for t in report.tensors],
     }
@@ -72,12 +73,14 @@ def _show(report: Report) -> None:
         show(f"{finding.severity}: {finding.where}: {finding.message}{at}")
     wrong = [t for t in report.tensors if not t.ok]
     for t in wrong:
-        show(f"error: tensor {t.name} ({t.format}): {t.n_different:,} of {t.n_bytes:,} bytes differ, first {t.difference}")
+        show(f"error: tensor {t.name} ({t.format}): {t.n_different:,} of {t.n_bytes:,} bytes differ, "
+             f"first {t.difference}")
     if report.template:
-        extent = "header only, no weights" if report.template == "header" else "extended to full size, its data is a hole"
-        show(f"{report.path} is a template: {extent}; it is not a model to load")
+        extent = {"header": "header only, no weights", "sparse": "extended to full size, its data is a hole"}
+        show(f"{report.path} is a template: {extent[report.template]}; it is not a model to load")
     if report.tensors:
-        show(f"{len(report.tensors) - len(wrong)} of {len(report.tensors)} tensors are what the source gives, byte for byte")
+        n = len(report.tensors)
+        show(f"{n - len(wrong)} of {n} tensors are what the source gives, byte for byte")
     verdict = "right" if report.ok else "NOT right"
     n_errors = len(report.errors) + len(wrong)
     detail = f"{n_errors} error{'s' if n_errors > 1 else ''}" if n_errors else \

@@ -44,7 +44,7 @@ def _model_entry(key: str, row: MetadataRow, value: Any, n_layers: int) -> KV:  
 
 
 def tokenizer_entries(vocabulary: Vocabulary) -> list[KV]:
-    """``tokenizer.*`` entries: byte-level BPE, called gpt2 in a GGUF. Scores are not written: both engines do without."""
+    """``tokenizer.*`` entries: byte-level BPE, called gpt2 in a GGUF; without scores, which neither engine needs."""
     key = "tokenizer.ggml."
     entries = [
         KV(key + "model", "str", "gpt2"),
@@ -54,7 +54,8 @@ def tokenizer_entries(vocabulary: Vocabulary) -> list[KV]:
         KV(key + "merges", "arr", vocabulary.merges, "str"),
     ]
     entries += [KV(f"{key}{name}_token_id", "u32", i) for name, i in vocabulary.special_ids.items()]
-    entries += [KV(key + "add_bos_token", "bool", vocabulary.add_bos), KV(key + "add_eos_token", "bool", vocabulary.add_eos)]
+    entries.append(KV(key + "add_bos_token", "bool", vocabulary.add_bos))
+    entries.append(KV(key + "add_eos_token", "bool", vocabulary.add_eos))
     if vocabulary.chat_template is not None:
         entries.append(KV("tokenizer.chat_template", "str", vocabulary.chat_template))
     return entries

@@ -9,7 +9,6 @@ import numpy as np
 
 from dsv4tools.errors import InputError
 from dsv4tools.gguf.reader import open_gguf
-from dsv4tools.gguf.values import KV
 from dsv4tools.template.metadata import general_entries, model_entries, tokenizer_entries
 from dsv4tools.template.symbols import model_sizes
 from dsv4tools.template.tables import load_tables
@@ -22,9 +21,11 @@ if TYPE_CHECKING:
     from dsv4tools.checkpoint import Checkpoint
     from dsv4tools.formats.table import Format
     from dsv4tools.gguf.reader import GgufFile
+    from dsv4tools.gguf.values import KV
 
 # Entries that a conversion decides anew; a template file's own are dropped.
-_RENEWED = ("general.file_type", "general.quantization_version", "general.quantized_by", "quantize.imatrix.", "dsv4tools.")
+_RENEWED = ("general.file_type", "general.quantization_version", "general.quantized_by", "quantize.imatrix.",
+            "dsv4tools.")
 
 
 @dataclass(frozen=True)
@@ -105,35 +106,41 @@ def _order_tensors(derived: Template, file: GgufFile) -> tuple[TemplateTensor, .
     return tuple(ours[name] for name in file.tensors)
 
 
-def _merge_entries(derived: Template, file: GgufFile) -> tuple[list[KV], list[str]]:
-    ours = {kv.key: kv for kv in derived.kvs}
+def _check_identity(ours: Mapping[str, KV], file: GgufFile) -> bool:
+    """Refuse a file of another model; whether it brings a tokenizer."""
     architecture = ours["general.architecture"].value
     if file.value("general.architecture") != architecture:
         raise InputError(f"{file.path}: key 'general.architecture'",
                          f"is {file.value('general.architecture')!r}, the checkpoint is {architecture!r}")
-    has_tokenizer = "tokenizer.ggml.tokens" in file.kvs
-    if has_tokenizer:
+    if "tokenizer.ggml.tokens" in file.kvs:
         n_tokens, n_vocab = len(file.value("tokenizer.ggml.tokens")), len(ours["tokenizer.ggml.tokens"].value)
         if n_tokens != n_vocab:
             raise InputError(f"{file.path}: key 'tokenizer.ggml.tokens'",
                              f"has {n_tokens} tokens, the checkpoint's vocabulary has {n_vocab}")
+    return "tokenizer.ggml.tokens" in file.kvs
+
+
+def _merge_entries(derived: Template, file: GgufFile) -> tuple[list[KV], list[str]]:
+    ours = {kv.key: kv for kv in derived.kvs}
+    has_tokenizer = _check_identity(ours, file)
+    architecture = ours["general.architecture"].value
     merged, notes = [], []
     for key, kv in file.kvs.items():
         if key.startswith(_RENEWED):
             continue
-        if key.startswith(f"{architecture}.") and key in ours:
-            own = ours[key]
-            if not _agree(kv.value, own.value):
-                raise InputError(f"{file.path}: key {key!r}",
-                                 f"is {_shown(kv.value)}, the checkpoint says {_shown(own.value)}")
-            if (kv.type, kv.item_type) != (own.type, own.item_type):
-                notes.append(f"{key} written as {own.item_type or own.type}, the template file has {kv.item_type or kv.type}")
-            merged.append(own)
-        else:
-            merged.append(kv)
+        own = ours.get(key) if key.startswith(f"{architecture}.") else None
+        merged.append(own or kv)
+        if own is None:
+            continue
+        if not _agree(kv.value, own.value):
+            raise InputError(f"{file.path}: key {key!r}",
+                             f"is {_shown(kv.value)}, the checkpoint says {_shown(own.value)}")
+        if (kv.type, kv.item_type) != (own.type, own.item_type):
+            notes.append(f"{key} written as {own.item_type or own.type}, "
+                         f"the template file has {kv.item_type or kv.type}")
+    wanted = (f"{architecture}.",) if has_tokenizer else (f"{architecture}.", "tokenizer.")
     for key, own in ours.items():
-        wanted = key.startswith(f"{architecture}.") or (key.startswith("tokenizer.") and not has_tokenizer)
-        if wanted and key not in file.kvs:
+        if key.startswith(wanted) and key not in file.kvs:
             merged.append(own)
             notes.append(f"{key} added, the template file lacks it")
     return merged, notes

@@ -68,10 +68,10 @@ def derive_tensors(checkpoint: Checkpoint, tables: ModelTables) -> tuple[tuple[T
         matrix whose shape, dtype or scale is not what config.json implies.
     """
     config = checkpoint.config
-    for layer in range(config.num_hidden_layers):
-        if config.compress_ratios[layer] not in tables.overlaps:
+    for at, ratio in enumerate(config.compress_ratios[: config.num_hidden_layers]):
+        if ratio not in tables.overlaps:
             raise InputError(f"{checkpoint.directory / 'config.json'}: key 'compress_ratios'",
-                             f"layer {layer} has ratio {config.compress_ratios[layer]}, an unknown layer kind",
+                             f"layer {at} has ratio {ratio}, an unknown layer kind",
                              hint=f"known are {', '.join(map(str, tables.overlaps))}")
     rows = [(row, layer, shape, _source_names(row, layer, config.n_routed_experts))
             for row, layer, shape in _expand(checkpoint, tables)]

@@ -61,7 +61,7 @@ def verify(
         checkpoint = view_as_in(file, checkpoint)
         names = select_tensors(file, tensors)
         if report.template:
-            report.findings.append(Finding("error", "template", str(path), "is a template: it holds no weights to compare", None))
+            report.findings.append(Finding("error", "template", str(path), "is a template: no weights to compare", None))
             return report
         planned, findings = plan_comparison(file, checkpoint, names)
         report.findings += findings

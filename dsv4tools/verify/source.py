@@ -41,7 +41,9 @@ def view_as_in(file: GgufFile, checkpoint: Checkpoint) -> Checkpoint:
     return reroute(checkpoint, used) if isinstance(used, int) and 1 <= used < have else checkpoint
 
 
-def plan_comparison(file: GgufFile, checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[PlannedTensor], list[Finding]]:
+def plan_comparison(
+    file: GgufFile, checkpoint: Checkpoint, names: Sequence[str]
+) -> tuple[list[PlannedTensor], list[Finding]]:
     """What to derive for each of `names`, and what metadata, tensor set and types say that the source does not.
 
     InputError where the checkpoint itself is wrong; contradictions between file and checkpoint are findings.
@@ -58,11 +60,12 @@ def plan_comparison(file: GgufFile, checkpoint: Checkpoint, names: Sequence[str]
         expected = None if tensor.is_matrix else "I32" if tensor.holds_integers else "F32"
         if tensor.name not in names:
             continue
-        if expected not in (None, info.format.name):
-            findings.append(Finding("error", "source-type", tensor.name, f"has type {info.format.name}, expected {expected}", None))
+        if expected not in {None, info.format.name}:
+            what = f"has type {info.format.name}, expected {expected}"
+            findings.append(Finding("error", "source-type", tensor.name, what, None))
         elif info.format.name not in ENCODABLE | {"I32"}:
-            findings.append(Finding("error", "source-type", tensor.name,
-                                    f"has type {info.format.name}, which cannot be derived again for comparison", None))
+            what = f"has type {info.format.name}, which cannot be derived again for comparison"
+            findings.append(Finding("error", "source-type", tensor.name, what, None))
         else:
             planned.append(PlannedTensor(tensor, info.format, "", info.offset, info.n_bytes))
     return planned, findings
@@ -106,7 +109,8 @@ def compare_tensors(
             firsts[name] = (at, text)
         if progress is not None:
             progress(unit.n_bytes)
-    return [TensorCheck(t.name, t.format.name, t.n_bytes, counts[t.name], firsts.get(t.name, (0, ""))[1]) for t in planned]
+    return [TensorCheck(t.name, t.format.name, t.n_bytes, counts[t.name], firsts.get(t.name, (0, ""))[1])
+            for t in planned]
 
 
 def _first_difference(
