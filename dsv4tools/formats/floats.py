@@ -30,7 +30,7 @@ from dsv4tools.formats.tiles import (
 )
 
 if TYPE_CHECKING:
-    from dsv4tools.formats.tiles import Bytes, Floats, FaultSlots, Shape
+    from dsv4tools.formats.tiles import Bytes, FaultSlots, Floats, Shape
 
 _TILE = 4096
 

@@ -1,19 +1,21 @@
-"""A lane type for numba: W values side by side in vector registers, in kernels that read like the scalar formula.
+"""A lane type for numba: many values side by side in vector registers, in kernels that read like the scalar formula.
 
 Where the order of a sum is fixed, a compiler cannot use vector registers along it. It can across: lane k works on
-block k, every lane does what the scalar formula does, in its order, and W blocks are done at once. `Lanes` are LLVM
-vectors ``<W x float>``, ``<W x i32>`` or ``<W x i1>`` (a mask); any width compiles on any processor, a wide vector
-becomes as many registers as it needs, and the bytes that come out never depend on W.
+block k, every lane does what the scalar formula does, in its order, and `WIDTH` blocks are done at once. Lanes are
+LLVM vectors, ``<32 x float>`` for instance. Any width compiles on any processor, a wide vector becomes as many registers
+as it needs, and what a lane computes does not depend on how many there are.
 
-In kernels: ``+ - * /``, comparisons, ``& | ^ << >>`` on integer lanes, ``& | ~`` on masks. Numbers mix with lanes and
-become float32 (or int32) first. Nothing is contracted, reordered or approximated. There is no conversion from float
-to integer: on values out of range its result depends on the processor (see `rounded`).
+In kernels: ``+ - * /`` and comparisons on float32 lanes, ``+ - & | ^ << >>`` and comparisons on int32 and int8 lanes
+(``>>`` moves zeros in), ``& | ~`` on masks, and the functions below. A number next to lanes fills as many. Nothing is
+contracted, reordered or approximated. There is no conversion from float to integer, because out of range its result
+depends on the processor: see `clipped`, `nint` and `truncated`.
 """
 
 from __future__ import annotations
 
 import operator
 import os
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +37,7 @@ def _choose_width() -> int:
     chosen = os.environ.get("DSV4TOOLS_LANES")
     if chosen is not None:
         if chosen not in ("8", "16", "32", "64"):
-            raise UsageError("DSV4TOOLS_LANES", f"found {chosen!r}, expected 8, 16 or 32")
+            raise UsageError("DSV4TOOLS_LANES", f"found {chosen!r}, expected 8, 16, 32 or 64")
         return int(chosen)
     features = binding.get_host_cpu_features()
     return 32 if features.get("avx512f") else 16 if features.get("avx2") else 8
@@ -43,177 +45,230 @@ def _choose_width() -> int:
 
 WIDTH = _choose_width()
 
-_F32, _I32, _I1, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(1), ir.IntType(8)
+_WORD = {"float32": ir.FloatType(), "int32": ir.IntType(32), "int8": ir.IntType(8), "mask": ir.IntType(1)}
+_INT32 = ir.IntType(32)
 
 
 class LanesType(types.Type):  # type: ignore[misc]  # numba has no types
-    """`WIDTH` lanes of one element: "float32", "int32" or "mask"."""
+    """`width` lanes of one element: float32, int32, int8 or mask."""
 
-    def __init__(self, element: str) -> None:
+    def __init__(self, element: str, width: int) -> None:
         self.element = element
-        super().__init__(name=f"Lanes({element} x {WIDTH})")
+        self.width = width
+        super().__init__(name=f"lanes({element} x {width})")
+
+    @property
+    def vector(self) -> Any:  # noqa: ANN401  - LLVM has no types
+        """The LLVM type."""
+        return ir.VectorType(_WORD[self.element], self.width)
 
     def can_convert_from(self, _typing: Any, other: Any) -> Any:  # noqa: ANN401  - numba's interface
-        """A number next to lanes fills all of them."""
-        if self.element == "float32" and isinstance(other, (types.Float, types.Integer)):
-            return Conversion.unsafe
-        if self.element == "int32" and isinstance(other, types.Integer):
-            return Conversion.unsafe
-        return None
+        """Numbers become lanes that all hold them."""
+        numbers = {"float32": (types.Float, types.Integer), "int32": types.Integer, "int8": types.Integer}
+        return Conversion.unsafe if isinstance(other, numbers.get(self.element, ())) else None
 
 
-F32 = LanesType("float32")
-I32 = LanesType("int32")
-MASK = LanesType("mask")
-_VECTOR = {F32: ir.VectorType(_F32, WIDTH), I32: ir.VectorType(_I32, WIDTH), MASK: ir.VectorType(_I1, WIDTH)}
+@cache
+def lanes_type(element: str, width: int) -> LanesType:
+    """The numba type of lanes."""
+    return LanesType(element, width)
 
 
 @register_model(LanesType)
 class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]  # numba has no types
-    def __init__(self, dmm: Any, fe_type: Any) -> None:  # noqa: ANN401  - numba's interface
-        super().__init__(dmm, fe_type, _VECTOR[fe_type])
+    def __init__(self, dmm: Any, fe_type: LanesType) -> None:  # noqa: ANN401  - numba's interface
+        super().__init__(dmm, fe_type, fe_type.vector)
 
 
-def _fill(builder: Any, value: Any) -> Any:  # noqa: ANN401  - LLVM values have no types
-    vector = ir.VectorType(value.type, WIDTH)
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
-    mask = ir.Constant(ir.VectorType(_I32, WIDTH), [0] * WIDTH)
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask)
+@lower_cast(types.Float, LanesType)
+@lower_cast(types.Integer, LanesType)
+def _fill(context: Any, builder: Any, number: Any, lanes: LanesType, value: Any) -> Any:  # noqa: ANN401  - numba's interface
+    element = {"float32": types.float32, "int32": types.int32, "int8": types.int8}[lanes.element]
+    undefined = ir.Constant(lanes.vector, ir.Undefined)
+    one = builder.insert_element(undefined, context.cast(builder, value, number, element), ir.Constant(_INT32, 0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_INT32, lanes.width), [0] * lanes.width))
 
 
-@lower_cast(types.Float, F32)
-@lower_cast(types.Integer, F32)
-def _cast_to_f32(context: Any, builder: Any, fromty: Any, _toty: Any, value: Any) -> Any:  # noqa: ANN401  - numba's interface
-    return _fill(builder, context.cast(builder, value, fromty, types.float32))
+# ---- Operators: for each symbol and element the element of the result, and the LLVM instruction.
+
+_OPERATORS: dict[Any, dict[str, tuple[str, Any]]] = {
+    operator.add: {"float32": ("float32", "fadd"), "int32": ("int32", "add"), "int8": ("int8", "add")},
+    operator.sub: {"float32": ("float32", "fsub"), "int32": ("int32", "sub"), "int8": ("int8", "sub")},
+    operator.mul: {"float32": ("float32", "fmul")},
+    operator.truediv: {"float32": ("float32", "fdiv")},
+    operator.and_: {"int32": ("int32", "and_"), "int8": ("int8", "and_"), "mask": ("mask", "and_")},
+    operator.or_: {"int32": ("int32", "or_"), "int8": ("int8", "or_"), "mask": ("mask", "or_")},
+    operator.xor: {"int32": ("int32", "xor"), "int8": ("int8", "xor"), "mask": ("mask", "xor")},
+    operator.lshift: {"int32": ("int32", "shl"), "int8": ("int8", "shl")},
+    operator.rshift: {"int32": ("int32", "lshr"), "int8": ("int8", "lshr")},
+}
+_COMPARISONS = {
+    operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=", operator.eq: "==", operator.ne: "!=",
+}  # fmt: skip
 
 
-@lower_cast(types.Integer, I32)
-def _cast_to_i32(context: Any, builder: Any, fromty: Any, _toty: Any, value: Any) -> Any:  # noqa: ANN401  - numba's interface
-    return _fill(builder, context.cast(builder, value, fromty, types.int32))
+def _emit_comparison(builder: Any, element: str, sign: str, a: Any, b: Any) -> Any:  # noqa: ANN401  - LLVM has no types
+    """Signed, or as in C: with NaN only != is true."""
+    if element != "float32":
+        return builder.icmp_signed(sign, a, b)
+    return (builder.fcmp_unordered if sign == "!=" else builder.fcmp_ordered)(sign, a, b)
 
 
-def _operator(symbol: Any, operands: Any, result: Any, emit: Any) -> None:  # noqa: ANN401  - numba's interface
-    """Make `symbol` on two lanes of type `operands`, or lanes and a number, give lanes of type `result`."""
+def _declare_operator(symbol: Any) -> None:  # noqa: ANN401  - numba's interface
+    results = {e: r for e, (r, _) in _OPERATORS.get(symbol, {}).items()}
+    if symbol in _COMPARISONS:
+        results = dict.fromkeys(("float32", "int32", "int8"), "mask")
 
     @type_callable(symbol)
-    def _typer(_context: Any) -> Any:  # noqa: ANN401
+    def _type(_context: Any) -> Any:  # noqa: ANN401  - numba's interface
         def typer(a: Any, b: Any) -> Any:  # noqa: ANN401
-            if operands not in (a, b):
+            lanes, other = (a, b) if isinstance(a, LanesType) else (b, a)
+            if not isinstance(lanes, LanesType) or lanes.element not in results:
                 return None
-            other = b if a == operands else a
-            fits = other == operands or operands.can_convert_from(None, other) is not None
-            return result(operands, operands) if fits else None
+            if other != lanes and lanes.can_convert_from(None, other) is None:
+                return None
+            return lanes_type(results[lanes.element], lanes.width)(lanes, lanes)
 
         return typer
 
-    @lower_builtin(symbol, operands, operands)
-    def _lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
-        return emit(builder, *args)
+    @lower_builtin(symbol, LanesType, LanesType)
+    def _lower(_context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401  - numba's interface
+        element = signature.args[0].element
+        if symbol in _COMPARISONS:
+            return _emit_comparison(builder, element, _COMPARISONS[symbol], *args)
+        return getattr(builder, _OPERATORS[symbol][element][1])(*args)
 
 
-for _symbol, _emit in {
-    operator.add: lambda b, x, y: b.fadd(x, y),
-    operator.sub: lambda b, x, y: b.fsub(x, y),
-    operator.mul: lambda b, x, y: b.fmul(x, y),
-    operator.truediv: lambda b, x, y: b.fdiv(x, y),
-}.items():
-    _operator(_symbol, F32, F32, _emit)
-
-for _symbol, _emit in {
-    operator.add: lambda b, x, y: b.add(x, y),
-    operator.sub: lambda b, x, y: b.sub(x, y),
-    operator.and_: lambda b, x, y: b.and_(x, y),
-    operator.or_: lambda b, x, y: b.or_(x, y),
-    operator.xor: lambda b, x, y: b.xor(x, y),
-    operator.lshift: lambda b, x, y: b.shl(x, y),
-    operator.rshift: lambda b, x, y: b.lshr(x, y),   # logical: the sign bit is a bit like others
-}.items():
-    _operator(_symbol, I32, I32, _emit)
-
-for _symbol, _sign in {
-    operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=", operator.eq: "==", operator.ne: "!=",
-}.items():  # fmt: skip
-    # As in C: comparisons with NaN are false, except that != is true.
-    _compare = "fcmp_unordered" if _sign == "!=" else "fcmp_ordered"
-    _operator(_symbol, F32, MASK, lambda b, x, y, sign=_sign, name=_compare: getattr(b, name)(sign, x, y))
-    _operator(_symbol, I32, MASK, lambda b, x, y, sign=_sign: b.icmp_signed(sign, x, y))
-
-_operator(operator.and_, MASK, MASK, lambda b, x, y: b.and_(x, y))
-_operator(operator.or_, MASK, MASK, lambda b, x, y: b.or_(x, y))
+for _symbol in (*_OPERATORS, *_COMPARISONS):
+    _declare_operator(_symbol)
 
 
 @type_callable(operator.invert)
-def _type_invert(_context: Any) -> Any:  # noqa: ANN401
-    return lambda mask: MASK(MASK) if mask == MASK else None
+def _type_invert(_context: Any) -> Any:  # noqa: ANN401  - numba's interface
+    return lambda mask: mask(mask) if isinstance(mask, LanesType) and mask.element == "mask" else None
 
 
-@lower_builtin(operator.invert, MASK)
-def _lower_invert(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+@lower_builtin(operator.invert, LanesType)
+def _lower_invert(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401  - numba's interface
     return builder.not_(args[0])
 
 
-def _function(result: Any, operands: tuple[Any, ...], emit: Any, doc: str) -> Any:  # noqa: ANN401
-    """A function on lanes with fixed types; numbers are accepted for lanes."""
-
-    def typer(_typing: Any, *args: Any) -> Any:  # noqa: ANN401
-        def lower(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:  # noqa: ANN401
-            return emit(builder, *values)
-
-        return result(*operands), lower
-
-    unary = lambda typing, a: typer(typing, a)  # noqa: E731
-    binary = lambda typing, a, b: typer(typing, a, b)  # noqa: E731
-    function = unary if len(operands) == 1 else binary
-    function.__doc__ = doc
-    return intrinsic(function)
+# ---- Functions. Each is a rule for its types and the LLVM instructions for it, which is how numba takes them.
 
 
-def _llvm(name: str, vector: Any) -> Any:  # noqa: ANN401
-    """Emit a call of the LLVM intrinsic `name` on operands of one vector type."""
-    kind = f"v{WIDTH}{'f32' if vector == _VECTOR[F32] else 'i32'}"
+def _function(name: str, operand: str, result: Any, emit: Any, doc: str) -> Any:  # noqa: ANN401  - numba's interface
+    """A function of one operand; `emit` gets the builder, the value and the LLVM type of the result.
+
+    `result` is an element, for as many lanes as the operand has, or numba's type of a single value.
+    """
+
+    def rule(_typing: Any, x: Any) -> Any:  # noqa: ANN401
+        if not isinstance(x, LanesType) or x.element != operand:
+            return None
+        returned = lanes_type(result, x.width) if isinstance(result, str) else result
+
+        def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+            return emit(builder, args[0], context.get_value_type(returned))
+
+        return returned(x), lower
+
+    rule.__name__, rule.__doc__ = name, doc
+    return intrinsic(rule)
+
+
+def _call(name: str) -> Any:  # noqa: ANN401  - LLVM has no types
+    """Emit a call of an LLVM intrinsic that is overloaded on the type of its operands."""
+    letters = {ir.FloatType(): "f32", ir.IntType(32): "i32", ir.IntType(8): "i8"}
 
     def emit(builder: Any, *args: Any) -> Any:  # noqa: ANN401
-        signature = ir.FunctionType(vector, [vector] * len(args))
-        return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}.{kind}"), args)
+        *values, result = args
+        vector = values[0].type
+        full = f"llvm.{name}.v{vector.count}{letters[vector.element]}"
+        declared = ir.FunctionType(result, [vector] * len(values))
+        return builder.call(cgutils.get_or_insert_function(builder.module, declared, full), values)
 
     return emit
 
 
-absolute = _function(F32, (F32,), _llvm("fabs", _VECTOR[F32]), "|x|")
-square_root = _function(F32, (F32,), _llvm("sqrt", _VECTOR[F32]), "The correctly rounded square root.")
-smaller = _function(I32, (I32, I32), _llvm("smin", _VECTOR[I32]), "The smaller of two integers.")
-larger = _function(I32, (I32, I32), _llvm("smax", _VECTOR[I32]), "The larger of two integers.")
-to_float = _function(F32, (I32,), lambda b, x: b.sitofp(x, _VECTOR[F32]), "float32 of integers.")
-bits_of = _function(I32, (F32,), lambda b, x: b.bitcast(x, _VECTOR[I32]), "The bits of float32 as integers.")
-float_of = _function(F32, (I32,), lambda b, x: b.bitcast(x, _VECTOR[F32]), "The float32 with these bits.")
+absolute = _function("absolute", "float32", "float32", _call("fabs"), "|x|")
+square_root = _function("square_root", "float32", "float32", _call("sqrt"), "The correctly rounded square root.")
+truncated = _function("truncated", "float32", "float32", _call("trunc"), "Rounded towards zero, still float32.")
+to_float = _function("to_float", "int32", "float32", lambda b, x, t: b.sitofp(x, t), "float32 of int32.")
+byte_to_float = _function("byte_to_float", "int8", "float32", lambda b, x, t: b.sitofp(x, t), "float32 of int8.")
+byte_to_int = _function("byte_to_int", "int8", "int32", lambda b, x, t: b.zext(x, t), "int32 0..255 of bytes.")
+to_byte = _function("to_byte", "int32", "int8", lambda b, x, t: b.trunc(x, t), "The low bytes of int32.")
+bits_of = _function("bits_of", "float32", "int32", lambda b, x, t: b.bitcast(x, t), "The bits of float32.")
+float_of = _function("float_of", "int32", "float32", lambda b, x, t: b.bitcast(x, t), "The float32 with these bits.")
+largest_of = _function(
+    "largest_of", "int32", types.int32, _call("vector.reduce.smax"), "The largest of all lanes."
+)
 any_of = _function(
-    types.boolean, (MASK,),
-    lambda b, x: b.icmp_unsigned("!=", b.bitcast(x, ir.IntType(WIDTH)), ir.Constant(ir.IntType(WIDTH), 0)),
+    "any_of", "mask", types.boolean,
+    lambda b, x, _t: b.icmp_unsigned("!=", b.bitcast(x, ir.IntType(x.type.count)), ir.IntType(x.type.count)(0)),
     "Whether a mask is true in any lane.",
 )  # fmt: skip
 
 
+def _two(a: Any, b: Any, *elements: str) -> LanesType | None:  # noqa: ANN401  - numba's interface
+    """The type of two operands of one lanes type, one of which may be a number."""
+    for lanes, other in ((a, b), (b, a)):
+        if isinstance(lanes, LanesType) and lanes.element in elements:
+            return lanes if other == lanes or lanes.can_convert_from(None, other) is not None else None
+    return None
+
+
+def _choose(name: str, llvm: str, doc: str) -> Any:  # noqa: ANN401  - numba's interface
+    def rule(_typing: Any, a: Any, b: Any) -> Any:  # noqa: ANN401
+        lanes = _two(a, b, "int32", "int8")
+        if lanes is None:
+            return None
+
+        def lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+            return _call(llvm)(builder, *args, lanes.vector)
+
+        return lanes(lanes, lanes), lower
+
+    rule.__name__, rule.__doc__ = name, doc
+    return intrinsic(rule)
+
+
+smaller = _choose("smaller", "smin", "The smaller of two integers, in each lane.")
+larger = _choose("larger", "smax", "The larger of two integers, in each lane.")
+
+
 @intrinsic
-def where(_typing: Any, mask: Any, a: Any, b: Any) -> Any:  # noqa: ANN401
+def where(_typing: Any, mask: Any, a: Any, b: Any) -> Any:  # noqa: ANN401  - numba's interface
     """In each lane `a` where the mask is true, else `b`."""
-    lanes = [t for t in (a, b) if isinstance(t, LanesType)]
-    if mask != MASK or not lanes:
+    lanes = _two(a, b, "float32", "int32", "int8")
+    if lanes is None or mask != lanes_type("mask", lanes.width):
         return None
 
-    def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
         return builder.select(*args)
 
-    return lanes[0](MASK, lanes[0], lanes[0]), emit
+    return lanes(mask, lanes, lanes), lower
 
 
 @intrinsic
-def fill(_typing: Any, value: Any) -> Any:  # noqa: ANN401
-    """float32 lanes that all hold `value`."""
+def interleave(_typing: Any, a: Any, b: Any) -> Any:  # noqa: ANN401  - numba's interface
+    """Twice as many lanes: a[0], b[0], a[1], b[1] ..."""
+    lanes = lanes_type(a.element, 2 * a.width)
 
-    def emit(_context: Any, _builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
-        return args[0]
+    def lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+        order = [i // 2 + a.width * (i % 2) for i in range(2 * a.width)]
+        return builder.shuffle_vector(*args, ir.Constant(ir.VectorType(_INT32, 2 * a.width), order))
 
-    return F32(F32), emit
+    return lanes(a, a), lower
+
+
+@intrinsic
+def fill(_typing: Any, value: Any) -> Any:  # noqa: ANN401  - numba's interface
+    """`WIDTH` float32 lanes that all hold `value`."""
+    lanes = lanes_type("float32", WIDTH)
+    return lanes(lanes), lambda _context, _builder, _signature, args: args[0]
+
+
+_ARRAY_ELEMENTS = {types.float32: "float32", types.int32: "int32", types.uint8: "int8"}
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: Any) -> Any:  # noqa: ANN401
@@ -221,33 +276,39 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any
     return builder.bitcast(cgutils.gep_inbounds(builder, data, index), vector.as_pointer())
 
 
-@intrinsic
-def load(_typing: Any, array: Any, index: Any) -> Any:  # noqa: ANN401
-    """Lanes from `WIDTH` neighbours in a float32 or int32 array, from element `index` on; unchecked."""
-    lanes = {types.float32: F32, types.int32: I32}.get(array.dtype)
-    if lanes is None:
+@intrinsic(prefer_literal=True)
+def load_lanes(_typing: Any, n: Any, array: Any, index: Any) -> Any:  # noqa: ANN401  - numba's interface
+    """`n` lanes (a literal number) from neighbours in a float32, int32 or uint8 array, from `index` on; unchecked."""
+    if not isinstance(n, types.Literal):
         return None
+    lanes = lanes_type(_ARRAY_ELEMENTS[array.dtype], n.literal_value)
 
-    def emit(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
-        value = builder.load(_pointer(context, builder, array, *args, _VECTOR[lanes]))
-        value.align = 4
+    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+        value = builder.load(_pointer(context, builder, array, args[1], args[2], lanes.vector))
+        value.align = array.dtype.bitwidth // 8
         return value
 
-    return lanes(array, types.int64), emit
+    return lanes(n, array, types.int64), lower
+
+
+@helper
+def load(array: NDArray[Any], index: int) -> Lanes:
+    """`WIDTH` lanes from an array, see `load_lanes`."""
+    return load_lanes(WIDTH, array, index)
 
 
 @intrinsic
-def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:  # noqa: ANN401
-    """Put lanes to `WIDTH` neighbours in an array of their element type, from element `index` on; unchecked."""
-    lanes = {types.float32: F32, types.int32: I32}.get(array.dtype)
-    if lanes is None:
+def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:  # noqa: ANN401  - numba's interface
+    """Put lanes to neighbours in an array of their element type, from `index` on; unchecked."""
+    if not isinstance(value, LanesType) or value.element != _ARRAY_ELEMENTS.get(array.dtype):
         return None
 
-    def emit(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
-        builder.store(args[2], _pointer(context, builder, array, args[0], args[1], _VECTOR[lanes])).align = 4
+    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+        pointer = _pointer(context, builder, array, args[0], args[1], value.vector)
+        builder.store(args[2], pointer).align = array.dtype.bitwidth // 8
         return context.get_dummy_value()
 
-    return types.void(array, types.int64, lanes), emit
+    return types.void(array, types.int64, value), lower
 
 
 @intrinsic(prefer_literal=True)
@@ -257,11 +318,13 @@ def transpose(_typing: Any, n: Any, source: Any, at: Any, stride: Any, target: A
     Rows start at element `at` of `source` and are `stride` elements apart, in `target` at `to` and `pitch` apart
     (bytes where that is a byte array). Unchecked.
     """
+    if not isinstance(n, types.Literal):
+        return None
     rows = n.literal_value
-    vector = ir.VectorType(_I32, rows)
+    vector = ir.VectorType(_INT32, rows)
     low, high = ([half + i // 2 + rows * (i % 2) for i in range(rows)] for half in (0, rows // 2))
 
-    def emit(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
         _, src, at, stride, dst, to, pitch = args
         lines = []
         for i in range(rows):
@@ -272,7 +335,7 @@ def transpose(_typing: Any, n: Any, source: Any, at: Any, stride: Any, target: A
         for _ in range(rows.bit_length() - 1):
             pairs = list(zip(lines[: rows // 2], lines[rows // 2 :], strict=True))
             lines = [
-                builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, rows), order))
+                builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT32, rows), order))
                 for a, b in pairs
                 for order in (low, high)
             ]
@@ -281,14 +344,7 @@ def transpose(_typing: Any, n: Any, source: Any, at: Any, stride: Any, target: A
             builder.store(line, _pointer(context, builder, target, dst, index, vector)).align = 1
         return context.get_dummy_value()
 
-    return types.void(n, source, types.int64, types.int64, target, types.int64, types.int64), emit
-
-
-@helper
-def clipped_integer(v: Lanes, highest: int) -> Lanes:
-    """``clip(nint(v), 0, highest)`` as int32 lanes, with C's `nint` for every v."""
-    bits = bits_of(v + 12582912.0) & 0x7FFFFF
-    return smaller(larger(bits, 0x400000), 0x400000 + highest) - 0x400000
+    return types.void(n, source, types.int64, types.int64, target, types.int64, types.int64), lower
 
 
 @helper
@@ -299,13 +355,23 @@ def aligned(n: int) -> NDArray[np.float32]:
     return room[skip : skip + n]
 
 
+# ---- Arithmetic that formats share.
+
+
 @helper
-def clipped(v: Lanes, highest: int) -> Lanes:
-    """float32 of ``clip(nint(v), 0, highest)`` for 0 < highest < 2^22, with C's `nint` for every v.
+def clipped_integer(v: Lanes, highest: int) -> Lanes:
+    """``clip(nint(v), 0, highest)`` as int32 lanes for 0 < highest < 2^22, with C's `nint` for every v.
 
     Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low mantissa bits; the C code takes these bits
     whatever happened to the exponent, so that NaN gives 0 and values beyond 2^22 something else.
     """
+    bits = bits_of(v + 12582912.0) & 0x7FFFFF
+    return smaller(larger(bits, 0x400000), 0x400000 + highest) - 0x400000
+
+
+@helper
+def clipped(v: Lanes, highest: int) -> Lanes:
+    """`clipped_integer` as float32 lanes."""
     bits = bits_of(v + 12582912.0) & 0x7FFFFF
     bits = smaller(larger(bits, 0x400000), 0x400000 + highest)
     return float_of(bits | 0x4B000000) - 12582912.0
@@ -340,12 +406,14 @@ def from_f16(half: Lanes) -> Lanes:
     return float_of(((half & 0x8000) << 16) | where(magnitude >= 0x7C00, moved + 0x70000000, bits))
 
 
-class Lanes:
-    """What type checkers know of lanes."""
+if TYPE_CHECKING:
 
-    __slots__ = ()
+    class Lanes:
+        """What type checkers know of lanes: operators give lanes."""
 
-    def _op(self, other: Lanes | float) -> Lanes: ...
+        def _operate(self, other: Lanes | float) -> Lanes: ...
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _op
-    __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = __lt__ = __le__ = __gt__ = __ge__ = _op
+        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _operate
+        __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = __lt__ = __le__ = __gt__ = __ge__ = _operate
+
+        def __invert__(self) -> Lanes: ...

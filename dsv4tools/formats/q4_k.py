@@ -30,7 +30,7 @@ from dsv4tools.formats.search import fit_positive, search_scale_and_min
 from dsv4tools.formats.tiles import BLOCK_OVERFLOW, DECODE, ENCODE, N_TARGET, encode_tiles, note_fault
 
 if TYPE_CHECKING:
-    from dsv4tools.formats.tiles import Bytes, Floats, FaultSlots, Shape
+    from dsv4tools.formats.tiles import Bytes, FaultSlots, Floats, Shape
 
 VALUES = 256
 BYTES = 144

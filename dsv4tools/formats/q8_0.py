@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4tools.formats.bits import bits_float, f16_to_float, float_bits, float_to_f16, load_u16, store_u16
+from dsv4tools.formats.bits import bits_float, f16_to_float, float_to_f16, load_u16, store_u16
 from dsv4tools.formats.compile import helper, kernel
+from dsv4tools.formats.lanes import absolute, bits_of, largest_of, load_lanes, store, to_byte, truncated, where
 from dsv4tools.formats.tiles import BLOCK_OVERFLOW, DECODE, ENCODE, N_TARGET, encode_tiles, note_fault
 
 if TYPE_CHECKING:
-    from dsv4tools.formats.tiles import Bytes, Floats, FaultSlots, Shape
+    from dsv4tools.formats.tiles import Bytes, FaultSlots, Floats, Shape
 
 VALUES = 32
 BYTES = 34
@@ -19,25 +20,23 @@ _TILE = 4096
 
 
 @helper
-def _encode_block(x: Floats, out: Bytes, at: int) -> bool:
-    """One block; whether its scale is finite as F16.
+def _encode_block(tile: Floats, start: int, out: Bytes, at: int) -> bool:
+    """One block, a value per lane; whether its scale is finite as F16.
 
     d = max|x| / 127, q = x/d rounded half away from zero with the float32 d. Where 1/d overflows every q is 0.
     """
-    largest = np.uint32(0)
-    for i in range(VALUES):
-        largest = max(largest, np.uint32(float_bits(x[i]) & np.uint32(0x7FFFFFFF)))
-    d = bits_float(largest) / np.float32(127.0)
+    x = load_lanes(VALUES, tile, start)
+    d = bits_float(largest_of(bits_of(absolute(x)))) / np.float32(127.0)
     inverse = np.float32(1.0) / d
     if not (inverse < np.float32(np.inf)):   # d is 0 or too small
         inverse = np.float32(0.0)
-    for i in range(VALUES):
-        scaled = x[i] * inverse
-        whole = np.float32(np.int32(scaled))                        # towards zero; |scaled| is 127 at most
-        rest = scaled - whole                                       # exact
-        up = np.int32(1) if rest >= np.float32(0.5) else np.int32(0)
-        down = np.int32(1) if rest <= np.float32(-0.5) else np.int32(0)
-        out[at + 2 + i] = np.uint8(np.int32(scaled) + up - down)
+    scaled = x * inverse
+    whole = truncated(scaled)
+    rest = scaled - whole                    # exact
+    away = where(rest >= 0.5, 1.0, rest - rest)
+    away = where(rest <= -0.5, -1.0, away)
+    # 1.5 * 2^23 more, and the integer is in the low bits.
+    store(out, at + 2, to_byte(bits_of(whole + away + 12582912.0)))
     half = float_to_f16(d)
     store_u16(out, at, half)
     return half < 0x7C00
@@ -48,7 +47,7 @@ def _encode_tile(
     tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
 ) -> None:
     for block in range(count // VALUES):
-        if not _encode_block(tile[VALUES * block :], out, at + BYTES * block):
+        if not _encode_block(tile, VALUES * block, out, at + BYTES * block):
             note_fault(faults, N_TARGET, BLOCK_OVERFLOW, first + VALUES * block, 1)
 
 

@@ -17,11 +17,9 @@ from dsv4tools.formats.lanes import (
     any_of,
     clipped,
     fill,
-    larger,
     load,
     nint,
     smaller,
-    square_root,
     store,
     to_float,
     where,
@@ -30,7 +28,6 @@ from dsv4tools.formats.lanes import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from dsv4tools.formats.lanes import Lanes
 
     Floats = NDArray[np.float32]
 

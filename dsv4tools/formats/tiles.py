@@ -24,6 +24,18 @@ from dsv4tools.formats.bits import (
     load_u32,
 )
 from dsv4tools.formats.compile import helper
+from dsv4tools.formats.lanes import (
+    bits_of,
+    byte_to_float,
+    byte_to_int,
+    float_of,
+    interleave,
+    larger,
+    load_lanes,
+    store,
+    to_float,
+    where,
+)
 from dsv4tools.formats.source import FaultKind, SourceKind
 
 if TYPE_CHECKING:
@@ -51,6 +63,7 @@ ENCODE = (
 DECODE = f"void({_BYTES}, float32[::1])"
 # The signature of the decoder of source formats: kind and shape as above, data, scales, out, faults.
 DECODE_SOURCE = f"void(int64, UniTuple(int64, 5), {_BYTES}, Array(uint8, 2, 'C', readonly=True), float32[::1], int64[::1])"
+_LANES, _PAIRS = 32, 16   # values that source decoders take at once, and bytes of two FP4 values
 # Slots of the `faults` array that a kernel fills: counts, then kind and position (flat value index) of the first.
 N_SOURCE, N_TARGET, FIRST_KIND, FIRST_POSITION, N_FAULT_SLOTS = range(5)
 
@@ -65,26 +78,64 @@ def note_fault(faults: FaultSlots, slot: int, kind: int, position: int, n: int) 
 
 
 @helper
+def _decode_fp8(data: Bytes, at: int, n: int, scale: np.float32, tile: Floats, to: int) -> None:
+    """``tile[to : to + n]`` from `n` F8_E4M3 codes under one scale; see `bits.e4m3_to_float`."""
+    whole = n - n % _LANES
+    for i in range(0, whole, _LANES):
+        code = byte_to_int(load_lanes(_LANES, data, at + i))
+        magnitude = code & 0x7F
+        small = bits_of(to_float(magnitude) * 2.0**-9)
+        value = where(magnitude >= 8, (magnitude << 20) + 0x3C000000, small)
+        value = where(magnitude == 0x7F, 0x7FC00000, value)
+        store(tile, to + i, float_of(((code & 0x80) << 24) | value) * scale)
+    for i in range(whole, n):
+        tile[to + i] = e4m3_to_float(data[at + i]) * scale
+
+
+@helper
+def _decode_fp4(data: Bytes, at: int, n: int, scale: np.float32, tile: Floats, to: int) -> None:
+    """``tile[to : to + n]`` from `n` FP4 codes under one scale, the first in the low nibble of byte `at`.
+
+    Twice a value is an integer (0 1 2 3 4 6 8 12), and half a scale is exact.
+    """
+    whole = n - n % _LANES
+    for i in range(0, whole, _LANES):
+        packed = load_lanes(_PAIRS, data, at + i // 2)
+        code = interleave(packed & 15, packed >> 4)
+        magnitude = code & 7
+        doubled = magnitude + larger(magnitude - 4, 0)
+        doubled = where(magnitude == 7, 12, doubled)
+        store(tile, to + i, byte_to_float(where(code >= 8, 0 - doubled, doubled)) * (np.float32(0.5) * scale))
+    for i in range(whole, n, 2):
+        packed = data[at + i // 2]
+        tile[to + i] = e2m1_to_float(packed & 15) * scale
+        tile[to + i + 1] = e2m1_to_float(packed >> 4) * scale
+
+
+@helper
 def _load_scaled(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, first: int, count: int, tile: Floats
 ) -> None:
     """Decode values `first` .. `first + count` of FP8 or FP4 rows: one stretch under one scale after the other."""
     _, n_cols, scale_rows, scale_cols, first_row = shape
+    row = first // n_cols
+    column = first - row * n_cols
+    group = column // scale_cols
     done = 0
     while done < count:
-        row = (first + done) // n_cols
-        column = first + done - row * n_cols
-        n = min(count - done, n_cols - column, scale_cols - column % scale_cols)
-        scale = e8m0_to_float(scales[(first_row + row) // scale_rows, column // scale_cols])
+        n = min(count - done, n_cols - column, (group + 1) * scale_cols - column)
+        scale = e8m0_to_float(scales[(first_row + row) // scale_rows, group])
         if kind == FP8:
-            for i in range(n):
-                tile[done + i] = e4m3_to_float(data[first + done + i]) * scale
+            _decode_fp8(data, first + done, n, scale, tile, done)
         else:
-            packed = data[(first + done) // 2 : (first + done + n) // 2]
-            for i in range(n // 2):
-                tile[done + 2 * i] = e2m1_to_float(packed[i] & 15) * scale
-                tile[done + 2 * i + 1] = e2m1_to_float(packed[i] >> 4) * scale
+            _decode_fp4(data, (first + done) // 2, n, scale, tile, done)
         done += n
+        column += n
+        group += 1
+        if column == n_cols:
+            row += 1
+            column = 0
+            group = 0
 
 
 @helper
