@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from dsv4tools.checkpoint.strict_json import MAX_JSON_BYTES, parse_json
+from dsv4tools.checkpoint.strict_json import MAX_JSON_BYTES, parse_json, shown
 from dsv4tools.errors import InputError, ResourceError, VerifyError
 from dsv4tools.files import pread_into
 
@@ -29,6 +29,9 @@ DTYPE_BITS = {
     "I64": 64, "U64": 64,
 }
 MAX_DIMENSION = 1 << 48   # far above any tensor, far below what could overflow an int64 of bytes
+MAX_RANK = 64             # what numpy and torch can hold; a product of more could take minutes
+MAX_OFFSET = (1 << 63) - 1
+MAX_NAME_LENGTH = 1000    # published names have up to 60 characters; messages repeat them
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,8 @@ def _read_header_bytes(fd: int, n_file_bytes: int, where: Path) -> bytes:
 def check_header_length(prefix: bytes, n_file_bytes: int, where: object) -> int:
     """The header's length from the file's first 8 bytes, refused where it exceeds the cap or the file."""
     n_header = int.from_bytes(prefix, "little")
+    if prefix == b"version ":
+        raise InputError(where, "is a git-lfs pointer, not the file itself", hint="run: git lfs pull")
     if n_header > MAX_JSON_BYTES:
         raise InputError(where, f"header length {n_header:,} is above the format's cap of {MAX_JSON_BYTES:,}")
     if n_header < 2 or 8 + n_header > n_file_bytes:
@@ -180,29 +185,29 @@ def parse_header(raw: bytes, n_file_bytes: int, where: object) -> tuple[dict[str
 
 
 def _parse_entry(name: str, entry: Any, data_start: int, where: object) -> ShardTensor:  # noqa: ANN401  - unchecked JSON
-    at = f"{where}: tensor {name!r}"
-    if not name or not name.isprintable():
-        raise InputError(at, "name is empty or holds control characters")
+    at = f"{where}: tensor {shown(name)}"
+    if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+        raise InputError(at, f"name is empty, has control characters or more than {MAX_NAME_LENGTH:,} characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(at, "entry must have exactly dtype, shape and data_offsets")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise InputError(at, f"unknown dtype {dtype!r}, known are {', '.join(DTYPE_BITS)}")
-    if not _are_naturals(shape) or any(n > MAX_DIMENSION for n in shape):
-        raise InputError(at, f"shape {shape!r} is not a list of sizes")
-    if not _are_naturals(span) or len(span) != 2:
-        raise InputError(at, f"data_offsets {span!r} are not two non-negative integers")
+        raise InputError(at, f"unknown dtype {shown(dtype)}, known are {', '.join(DTYPE_BITS)}")
+    if not _are_naturals(shape, MAX_DIMENSION) or len(shape) > MAX_RANK:
+        raise InputError(at, f"shape {shown(shape)} is not a list of sizes")
+    if not _are_naturals(span, MAX_OFFSET) or len(span) != 2:
+        raise InputError(at, f"data_offsets {shown(span)} are not two non-negative integers")
     begin, end = span
     n_bits = prod(shape) * DTYPE_BITS[dtype]   # exact integers: no product can wrap
     if n_bits % 8 or end - begin != n_bits // 8:
-        raise InputError(at, f"data_offsets span {end - begin:,} bytes, "
-                         f"shape {shape} x {dtype} needs {n_bits / 8:,.10g}")
+        needed = f"{n_bits:,} bits" if n_bits % 8 else f"{n_bits // 8:,}"
+        raise InputError(at, f"data_offsets span {end - begin:,} bytes, shape {shown(shape)} x {dtype} needs {needed}")
     return ShardTensor(dtype, tuple(shape), data_start + begin, end - begin)
 
 
-def _are_naturals(value: Any) -> bool:  # noqa: ANN401  - unchecked JSON
+def _are_naturals(value: Any, limit: int) -> bool:  # noqa: ANN401  - unchecked JSON
     # bool is an int to Python, and 1.0 == 1: neither is a size.
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= limit for n in value)
 
 
 def _check_spans(tensors: dict[str, ShardTensor], data_start: int, n_file_bytes: int, where: object) -> None:

@@ -14,6 +14,7 @@ from dsv4tools.errors import InputError, ResourceError
 if TYPE_CHECKING:
     from pathlib import Path
 
+MAX_SHOWN_LENGTH = 200
 MAX_JSON_BYTES = 100_000_000   # the cap of the safetensors format; no published file comes near it
 
 
@@ -25,7 +26,7 @@ def parse_json(raw: bytes, where: object) -> Any:  # noqa: ANN401  - JSON is of 
         if len(found) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]  # set.add in a test
-            raise InputError(where, f"key {twice!r} appears twice in one JSON object")
+            raise InputError(where, f"key {shown(twice)} appears twice in one JSON object")
         return found
 
     def refuse(token: str) -> NoReturn:
@@ -56,6 +57,12 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str
     if not isinstance(value, dict):
         raise InputError(path, f"holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def shown(value: object) -> str:
+    """What a message says of an unchecked value: its repr, shortened, so that a message stays a line."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_LENGTH else f"{text[:MAX_SHOWN_LENGTH - 3]}..."
 
 
 def read_small_file(path: Path, *, max_bytes: int) -> bytes:

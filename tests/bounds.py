@@ -1,0 +1,24 @@
+"""Bounds on what a refusal may cost."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def cheap(seconds: float = 1.0, n_bytes: int = 100_000_000) -> Iterator[None]:
+    """What happens inside must be quick and allocate little."""
+    tracemalloc.start()
+    begin = time.perf_counter()
+    try:
+        yield
+        assert time.perf_counter() - begin < seconds
+        assert tracemalloc.get_traced_memory()[1] < n_bytes
+    finally:
+        tracemalloc.stop()
