@@ -14,6 +14,7 @@ from dsv4tools.checkpoint.strict_json import read_json_object
 from dsv4tools.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
@@ -78,14 +79,17 @@ class Config:
         return layer < self.num_hash_layers
 
 
-class _Reader:
-    """Typed access to a JSON object; every failure names file and key."""
+class ConfigReader:
+    """Typed access to a JSON object; every failure names file and key.
 
-    def __init__(self, raw: dict[str, Any], path: Path) -> None:
-        self.raw, self.path = raw, path
+    `labels` says what a key is called where it came from, for values that were not read from a config.json.
+    """
+
+    def __init__(self, raw: dict[str, Any], path: Path, labels: Mapping[str, str] | None = None) -> None:
+        self.raw, self.path, self._labels = raw, path, labels or {}
 
     def fail(self, key: str, found: str, expected: str) -> InputError:
-        return InputError(f"{self.path}: key {key!r}", f"{found}, expected {expected}")
+        return InputError(f"{self.path}: key {self._labels.get(key, key)!r}", f"{found}, expected {expected}")
 
     def get(self, key: str, expected: str) -> Any:  # noqa: ANN401  - checked by the caller
         value: Any = self.raw
@@ -139,10 +143,15 @@ SCORING_FUNCTIONS = ("sqrtsoftplus", "sigmoid", "softmax")
 def read_config(path: Path) -> Config:
     """Read and check `path` (a config.json); InputError names the key that is missing, mistyped or contradictory."""
     raw = read_json_object(path, max_bytes=10_000_000)
-    read = _Reader(raw, path)
+    read = ConfigReader(raw, path)
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
         raise read.fail("architectures", f"is {architectures!r}", f"a list with {ARCHITECTURE!r}")
+    return parse_config(read)
+
+
+def parse_config(read: ConfigReader) -> Config:
+    """The values of a JSON object with config.json's keys, checked; errors of `read_config`."""
     values: dict[str, Any] = {
         "compress_ratios": read.integers("compress_ratios"),
         "norm_topk_prob": read.flag("norm_topk_prob"),
@@ -167,7 +176,7 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def _read_block_size(read: _Reader) -> tuple[int, int] | None:
+def _read_block_size(read: ConfigReader) -> tuple[int, int] | None:
     if read.raw.get("quantization_config") is None:
         return None
     quantization = read.get("quantization_config", "an object")
@@ -182,7 +191,7 @@ def _read_block_size(read: _Reader) -> tuple[int, int] | None:
     return size[0], size[1]
 
 
-def _check_consistent(c: Config, read: _Reader) -> None:
+def _check_consistent(c: Config, read: ConfigReader) -> None:
     n_layers, n_ratios = c.num_hidden_layers, len(c.compress_ratios)
     if n_ratios < n_layers:
         raise read.fail("compress_ratios", f"has {n_ratios} entries", f"at least num_hidden_layers = {n_layers}")

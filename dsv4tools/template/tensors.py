@@ -17,7 +17,7 @@ from dsv4tools.template.symbols import layer_sizes, model_sizes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dsv4tools.checkpoint import Checkpoint
+    from dsv4tools.checkpoint import Checkpoint, Config
     from dsv4tools.template.tables import ModelTables, TensorRow
 
 
@@ -68,13 +68,9 @@ def derive_tensors(checkpoint: Checkpoint, tables: ModelTables) -> tuple[tuple[T
         matrix whose shape, dtype or scale is not what config.json implies.
     """
     config = checkpoint.config
-    for at, ratio in enumerate(config.compress_ratios[: config.num_hidden_layers]):
-        if ratio not in tables.overlaps:
-            raise InputError(f"{checkpoint.directory / 'config.json'}: key 'compress_ratios'",
-                             f"layer {at} has ratio {ratio}, an unknown layer kind",
-                             hint=f"known are {', '.join(map(str, tables.overlaps))}")
+    check_layer_kinds(config, tables, f"{checkpoint.directory / 'config.json'}: key 'compress_ratios'")
     rows = [(row, layer, shape, _source_names(row, layer, config.n_routed_experts))
-            for row, layer, shape in _expand(checkpoint, tables)]
+            for row, layer, shape in expand_rows(config, tables)]
     left_out = _check_claims(checkpoint, tables, [name for *_, names in rows for name in names])
     tensors = []
     for row, layer, shape, names in rows:
@@ -88,9 +84,16 @@ def derive_tensors(checkpoint: Checkpoint, tables: ModelTables) -> tuple[tuple[T
     return tuple(tensors), left_out
 
 
-def _expand(checkpoint: Checkpoint, tables: ModelTables) -> Iterator[tuple[TensorRow, int | None, tuple[int, ...]]]:
+def check_layer_kinds(config: Config, tables: ModelTables, where: object) -> None:
+    """InputError names the first layer whose ratio is none of the tables'."""
+    for at, ratio in enumerate(config.compress_ratios[: config.num_hidden_layers]):
+        if ratio not in tables.overlaps:
+            raise InputError(where, f"layer {at} has ratio {ratio}, an unknown layer kind",
+                             hint=f"known are {', '.join(map(str, tables.overlaps))}")
+
+
+def expand_rows(config: Config, tables: ModelTables) -> Iterator[tuple[TensorRow, int | None, tuple[int, ...]]]:
     """Each row with each of its layers and its shape there: model tensors first, then layer by layer."""
-    config = checkpoint.config
     sizes = model_sizes(config)
     for row in tables.tensors:
         if row.layers is None:

@@ -1,0 +1,16 @@
+"""What a forward pass shows of its inside to whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numpy.typing import NDArray
+
+# Called as ``observe(what, layer, array)`` with
+#   "streams"       [S, n, D]   residual streams after the layer (layer -1: the embedding)
+#   "router_scores" [S, E]      what a scored layer chooses its experts by
+#   "experts"       [S, K]      ids of the chosen experts
+#   "index_scores"  [B, T]      scores of the compressed rows for a block of tokens; -inf where invisible
+# The arrays are the model's own: copy what is to be kept.
+Observer = Callable[[str, int, NDArray[Any]], None]
