@@ -42,12 +42,16 @@ def locate_shard(directory: Path, name: str) -> Path:
     such links are followed, others must stay inside the directory.
     """
     path = directory / name
-    target, home = path.resolve(), directory.resolve()
+    try:
+        target, home = path.resolve(), directory.resolve()
+    except (OSError, RuntimeError):   # later Pythons do not raise: then opening it fails
+        raise InputError(path, "is a link to itself") from None
     roots = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         roots.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(root) for root in roots):
-        raise InputError(path, f"links to {target}, outside the checkpoint")
+        raise InputError(path, f"links to {target}, outside the checkpoint",
+                         hint="put the file itself there, or link to a whole checkpoint directory")
     return path
 
 

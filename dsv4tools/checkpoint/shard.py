@@ -8,6 +8,7 @@ reader kills the process.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -119,6 +120,8 @@ def read_shard(path: Path) -> Shard:
     except FileNotFoundError:
         raise InputError(path, "is missing") from None
     except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise InputError(path, "is a link to itself") from None
         raise ResourceError(path, f"cannot be opened: {e.strerror}") from None
     try:
         info = os.fstat(fd)

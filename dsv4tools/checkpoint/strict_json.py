@@ -7,6 +7,7 @@ RecursionError; each of those has been used to make two readers of one checkpoin
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsv4tools.errors import InputError, ResourceError
@@ -73,7 +74,8 @@ def read_small_file(path: Path, *, max_bytes: int) -> bytes:
         if not path.is_file():
             raise InputError(path, "is not a regular file")
         with path.open("rb") as f:
-            raw = f.read(max_bytes + 1)
+            # A read sets aside what it is asked for: no more than the file holds, and one byte to notice a longer one.
+            raw = f.read(min(max_bytes, os.fstat(f.fileno()).st_size) + 1)
     except OSError as e:
         raise ResourceError(path, f"cannot be read: {e.strerror}") from None
     if len(raw) > max_bytes:
