@@ -13,9 +13,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from dsv4tools.formats.compile import helper
+from dsv4tools.formats.compile import helper, instruction
 
 _WORD = {types.uint16: ir.IntType(16), types.uint32: ir.IntType(32)}
 
@@ -30,14 +29,14 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: An
 def _loader(word: Any) -> Any:
     def load(typing: Any, array: Any, offset: Any) -> Any:
         def emit(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            value = builder.load(_pointer(context, builder, array, *args, _WORD[word]))
+            value = builder.load(_pointer(context, builder, array, args[0], args[1], _WORD[word]))
             value.align = 1
             return value
 
         return word(array, types.int64), emit
 
     load.__doc__ = f"The {word} that starts at byte `offset` of a byte array, at any alignment, unchecked."
-    return intrinsic(load)
+    return instruction(load)
 
 
 def _storer(word: Any) -> Any:
@@ -51,7 +50,7 @@ def _storer(word: Any) -> Any:
         return types.void(array, types.int64, value), emit
 
     store.__doc__ = f"Put a {word} at byte `offset` of a byte array, at any alignment, unchecked."
-    return intrinsic(store)
+    return instruction(store)
 
 
 load_u16 = _loader(types.uint16)
@@ -60,7 +59,7 @@ store_u16 = _storer(types.uint16)
 store_u32 = _storer(types.uint32)
 
 
-@intrinsic
+@instruction
 def float_bits(typing: Any, value: Any) -> Any:
     """The uint32 with the bits of a float32."""
     if value != types.float32:
@@ -72,7 +71,7 @@ def float_bits(typing: Any, value: Any) -> Any:
     return types.uint32(types.float32), emit
 
 
-@intrinsic
+@instruction
 def bits_float(typing: Any, value: Any) -> Any:
     """The float32 with the bits of a uint32."""
     if not isinstance(value, types.Integer):

@@ -78,7 +78,7 @@ def _modules(names: Iterable[str]) -> list[str]:
     return sorted({"floats"} | {_CODECS[name].module for name in names if name in _CODECS})
 
 
-def _kernel(target: Format, role: str) -> Any:  # noqa: ANN401  - numba has no types
+def _kernel(target: Format, role: str) -> Any:
     codec = _CODECS.get(target.name)
     name = getattr(codec, role) if codec else ""
     if not codec or not name:
@@ -249,9 +249,8 @@ def dequantize(data: NDArray[np.uint8], type: str | Format, threads: int = 1) ->
         raise InputError("data", f"found {_describe(data)}, expected uint8 [..., bytes per row]")
     n_blocks, rest = divmod(data.shape[-1], source.block_bytes)
     if rest:
-        raise InputError(
-            "data", f"{data.shape[-1]} bytes are not a whole number of {source.name} blocks of {source.block_bytes} bytes"
-        )
+        wanted = f"a whole number of {source.name} blocks of {source.block_bytes} bytes"
+        raise InputError("data", f"{data.shape[-1]} bytes are not {wanted}")
     n_cols = n_blocks * source.block_values
     rows = np.ascontiguousarray(data).reshape(-1, data.shape[-1]) if data.size else np.zeros((0, 0), np.uint8)
     out = np.zeros((*data.shape[:-1], n_cols), np.float32)
@@ -272,7 +271,7 @@ _WRONG = {
 }
 
 
-def _share(work: Any, n_rows: int, threads: int) -> list[Any]:  # noqa: ANN401  - returns what `work` returns
+def _share(work: Any, n_rows: int, threads: int) -> list[Any]:
     """``work(start, stop)`` over `n_rows` rows in `threads` parts; the results in order."""
     if threads < 1:
         raise UsageError("threads", f"found {threads}, expected 1 or more")
@@ -304,9 +303,8 @@ def _check_source(source: SourceRows) -> tuple[int, int, int, int, int]:
             or scales.shape[0] < needed[0] or scales.shape[1] != needed[1]
         ):  # fmt: skip
             found = "none" if scales is None else _describe(scales)
-            raise InputError(
-                "source.scales", f"found {found}, expected uint8 [{needed[0]} or more, {needed[1]}]: {_shape_of(source)}"
-            )
+            expected = f"uint8 [{needed[0]} or more, {needed[1]}] for {_shape_of(source)}"
+            raise InputError("source.scales", f"found {found}, expected {expected}")
     return n_rows, n_cols, source.scale_rows, source.scale_cols, source.first_row
 
 

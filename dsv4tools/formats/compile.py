@@ -56,17 +56,37 @@ def kernel(signature: str) -> Callable[[_Function], _Function]:
 
         compiled = numba.njit(signature, nogil=True, error_model="numpy", cache=_entry is not None)(function)
         _declared.append(compiled)
-        return compiled  # type: ignore[no-any-return]  # numba has no types
+        return compiled
 
     return declare
 
 
 def helper(function: _Function) -> _Function:
     """Declare a function that kernels call: compiled into each of them, under the same rules of arithmetic."""
+    return _inner(function, forceinline=True)
+
+
+def routine(function: _Function) -> _Function:
+    """Declare a function as `helper` does, but a large one: the compiler may call it instead."""
+    return _inner(function)
+
+
+def _inner(function: _Function, **options: bool) -> _Function:
     import numba  # noqa: PLC0415  - see `kernel`
 
-    compiled = numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
-    return compiled  # type: ignore[no-any-return]  # numba has no types
+    only_in_kernels = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}   # a third of the compile time
+    return numba.njit(nogil=True, error_model="numpy", **only_in_kernels, **options)(function)
+
+
+def instruction(rule: Callable[..., Any]) -> Any:
+    """Declare a function of kernels by numba's type rule and the LLVM instructions for it.
+
+    ``rule(typing, *types)`` returns a signature and ``lower(context, builder, signature, args)``, or None where the
+    types do not fit. Numbers that are written as such arrive as literal types.
+    """
+    from numba.extending import intrinsic  # noqa: PLC0415  - see `kernel`
+
+    return intrinsic(prefer_literal=True)(rule)
 
 
 def load(module: str) -> ModuleType:
@@ -153,13 +173,13 @@ def _import(name: str, entry: Path | None) -> ModuleType:
         module = importlib.import_module(name)
         if entry is not None and any(k.stats.cache_misses for k in _declared):
             _write_manifest(entry)
-        return module
     except BaseException:
         sys.modules.pop(name, None)
         raise
     finally:
         numba.config.CACHE_DIR = kept
         _entry = None
+    return module
 
 
 def _compile(name: str, entry: Path) -> ModuleType:

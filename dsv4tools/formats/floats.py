@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dsv4tools.formats.bits import (
     bf16_to_float,
     bits_float,
@@ -47,10 +49,10 @@ def _to_f32(
 def _to_f16(
     tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
 ) -> None:
-    largest = 0
+    largest = np.uint16(0)
     for i in range(count):
         half = float_to_f16(tile[i])
-        largest = max(largest, half & 0x7FFF)
+        largest = max(largest, np.uint16(half & 0x7FFF))
         store_u16(out, at + 2 * i, half)
     if largest >= 0x7C00:
         _note_overflow(out, count, first, at, 0x7C00, faults)
@@ -60,10 +62,10 @@ def _to_f16(
 def _to_bf16(
     tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
 ) -> None:
-    largest = 0
+    largest = np.uint16(0)
     for i in range(count):
         bits = float_to_bf16(tile[i])
-        largest = max(largest, bits & 0x7FFF)
+        largest = max(largest, np.uint16(bits & 0x7FFF))
         store_u16(out, at + 2 * i, bits)
     if largest >= 0x7F80:
         _note_overflow(out, count, first, at, 0x7F80, faults)
@@ -80,6 +82,7 @@ def _note_overflow(out: Bytes, count: int, first: int, at: int, infinity: int, f
 def encode_f32(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
 ) -> None:
+    """Rows of any source to F32."""
     encode_tiles(_to_f32, _TILE, 1, 4, kind, shape, data, scales, importance, out, faults)
 
 
@@ -87,6 +90,7 @@ def encode_f32(
 def encode_f16(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
 ) -> None:
+    """Rows of any source to F16."""
     encode_tiles(_to_f16, _TILE, 1, 2, kind, shape, data, scales, importance, out, faults)
 
 
@@ -94,23 +98,27 @@ def encode_f16(
 def encode_bf16(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
 ) -> None:
+    """Rows of any source to BF16."""
     encode_tiles(_to_bf16, _TILE, 1, 2, kind, shape, data, scales, importance, out, faults)
 
 
 @kernel(DECODE)
 def decode_f32(data: Bytes, out: Floats) -> None:
+    """F32 to float32."""
     for i in range(out.size):
         out[i] = bits_float(load_u32(data, 4 * i))
 
 
 @kernel(DECODE)
 def decode_f16(data: Bytes, out: Floats) -> None:
+    """F16 to float32."""
     for i in range(out.size):
         out[i] = f16_to_float(load_u16(data, 2 * i))
 
 
 @kernel(DECODE)
 def decode_bf16(data: Bytes, out: Floats) -> None:
+    """BF16 to float32."""
     for i in range(out.size):
         out[i] = bf16_to_float(load_u16(data, 2 * i))
 
@@ -119,6 +127,7 @@ def decode_bf16(data: Bytes, out: Floats) -> None:
 def decode_source(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, out: Floats, faults: FaultSlots
 ) -> None:
+    """Rows of any source to float32; what is not finite stays as it is, and is counted."""
     for first in range(0, out.size, _TILE):
         count = min(_TILE, out.size - first)
         tile = out[first : first + count]

@@ -2,8 +2,8 @@
 
 Where the order of a sum is fixed, a compiler cannot use vector registers along it. It can across: lane k works on
 block k, every lane does what the scalar formula does, in its order, and `WIDTH` blocks are done at once. Lanes are
-LLVM vectors, ``<32 x float>`` for instance. Any width compiles on any processor, a wide vector becomes as many registers
-as it needs, and what a lane computes does not depend on how many there are.
+LLVM vectors, ``<32 x float>`` for instance. Any width compiles on any processor, a wide vector becomes as many
+registers as it needs, and what a lane computes does not depend on how many there are.
 
 In kernels: ``+ - * /`` and comparisons on float32 lanes, ``+ - & | ^ << >>`` and comparisons on int32 and int8 lanes
 (``>>`` moves zeros in), ``& | ~`` on masks, and the functions below. A number next to lanes fills as many. Nothing is
@@ -23,10 +23,10 @@ from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.core.typeconv import Conversion
-from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model, type_callable
+from numba.extending import lower_builtin, lower_cast, models, register_model, type_callable
 
 from dsv4tools.errors import UsageError
-from dsv4tools.formats.compile import helper
+from dsv4tools.formats.compile import helper, instruction
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def _choose_width() -> int:
             raise UsageError("DSV4TOOLS_LANES", f"found {chosen!r}, expected 8, 16, 32 or 64")
         return int(chosen)
     features = binding.get_host_cpu_features()
-    return 32 if features.get("avx512f") else 16 if features.get("avx2") else 8
+    return 64 if features.get("avx512f") else 16
 
 
 WIDTH = _choose_width()
@@ -49,7 +49,7 @@ _WORD = {"float32": ir.FloatType(), "int32": ir.IntType(32), "int8": ir.IntType(
 _INT32 = ir.IntType(32)
 
 
-class LanesType(types.Type):  # type: ignore[misc]  # numba has no types
+class LanesType(types.Type):
     """`width` lanes of one element: float32, int32, int8 or mask."""
 
     def __init__(self, element: str, width: int) -> None:
@@ -58,14 +58,14 @@ class LanesType(types.Type):  # type: ignore[misc]  # numba has no types
         super().__init__(name=f"lanes({element} x {width})")
 
     @property
-    def vector(self) -> Any:  # noqa: ANN401  - LLVM has no types
+    def vector(self) -> Any:
         """The LLVM type."""
         return ir.VectorType(_WORD[self.element], self.width)
 
-    def can_convert_from(self, _typing: Any, other: Any) -> Any:  # noqa: ANN401  - numba's interface
+    def can_convert_from(self, _typing: Any, other: Any) -> Any:
         """Numbers become lanes that all hold them."""
-        numbers = {"float32": (types.Float, types.Integer), "int32": types.Integer, "int8": types.Integer}
-        return Conversion.unsafe if isinstance(other, numbers.get(self.element, ())) else None
+        fits = isinstance(other, types.Integer) or (isinstance(other, types.Float) and self.element == "float32")
+        return Conversion.unsafe if fits and self.element != "mask" else None
 
 
 @cache
@@ -75,14 +75,14 @@ def lanes_type(element: str, width: int) -> LanesType:
 
 
 @register_model(LanesType)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]  # numba has no types
-    def __init__(self, dmm: Any, fe_type: LanesType) -> None:  # noqa: ANN401  - numba's interface
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: LanesType) -> None:
         super().__init__(dmm, fe_type, fe_type.vector)
 
 
 @lower_cast(types.Float, LanesType)
 @lower_cast(types.Integer, LanesType)
-def _fill(context: Any, builder: Any, number: Any, lanes: LanesType, value: Any) -> Any:  # noqa: ANN401  - numba's interface
+def _fill(context: Any, builder: Any, number: Any, lanes: LanesType, value: Any) -> Any:
     element = {"float32": types.float32, "int32": types.int32, "int8": types.int8}[lanes.element]
     undefined = ir.Constant(lanes.vector, ir.Undefined)
     one = builder.insert_element(undefined, context.cast(builder, value, number, element), ir.Constant(_INT32, 0))
@@ -107,21 +107,21 @@ _COMPARISONS = {
 }  # fmt: skip
 
 
-def _emit_comparison(builder: Any, element: str, sign: str, a: Any, b: Any) -> Any:  # noqa: ANN401  - LLVM has no types
+def _emit_comparison(builder: Any, element: str, sign: str, a: Any, b: Any) -> Any:
     """Signed, or as in C: with NaN only != is true."""
     if element != "float32":
         return builder.icmp_signed(sign, a, b)
     return (builder.fcmp_unordered if sign == "!=" else builder.fcmp_ordered)(sign, a, b)
 
 
-def _declare_operator(symbol: Any) -> None:  # noqa: ANN401  - numba's interface
+def _declare_operator(symbol: Any) -> None:
     results = {e: r for e, (r, _) in _OPERATORS.get(symbol, {}).items()}
     if symbol in _COMPARISONS:
         results = dict.fromkeys(("float32", "int32", "int8"), "mask")
 
     @type_callable(symbol)
-    def _type(_context: Any) -> Any:  # noqa: ANN401  - numba's interface
-        def typer(a: Any, b: Any) -> Any:  # noqa: ANN401
+    def _type(_context: Any) -> Any:
+        def typer(a: Any, b: Any) -> Any:
             lanes, other = (a, b) if isinstance(a, LanesType) else (b, a)
             if not isinstance(lanes, LanesType) or lanes.element not in results:
                 return None
@@ -132,7 +132,7 @@ def _declare_operator(symbol: Any) -> None:  # noqa: ANN401  - numba's interface
         return typer
 
     @lower_builtin(symbol, LanesType, LanesType)
-    def _lower(_context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401  - numba's interface
+    def _lower(_context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element = signature.args[0].element
         if symbol in _COMPARISONS:
             return _emit_comparison(builder, element, _COMPARISONS[symbol], *args)
@@ -144,43 +144,43 @@ for _symbol in (*_OPERATORS, *_COMPARISONS):
 
 
 @type_callable(operator.invert)
-def _type_invert(_context: Any) -> Any:  # noqa: ANN401  - numba's interface
+def _type_invert(_context: Any) -> Any:
     return lambda mask: mask(mask) if isinstance(mask, LanesType) and mask.element == "mask" else None
 
 
 @lower_builtin(operator.invert, LanesType)
-def _lower_invert(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401  - numba's interface
+def _lower_invert(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
     return builder.not_(args[0])
 
 
 # ---- Functions. Each is a rule for its types and the LLVM instructions for it, which is how numba takes them.
 
 
-def _function(name: str, operand: str, result: Any, emit: Any, doc: str) -> Any:  # noqa: ANN401  - numba's interface
+def _function(name: str, operand: str, result: Any, emit: Any, doc: str) -> Any:
     """A function of one operand; `emit` gets the builder, the value and the LLVM type of the result.
 
     `result` is an element, for as many lanes as the operand has, or numba's type of a single value.
     """
 
-    def rule(_typing: Any, x: Any) -> Any:  # noqa: ANN401
+    def rule(_typing: Any, x: Any) -> Any:
         if not isinstance(x, LanesType) or x.element != operand:
             return None
         returned = lanes_type(result, x.width) if isinstance(result, str) else result
 
-        def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+        def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             return emit(builder, args[0], context.get_value_type(returned))
 
         return returned(x), lower
 
     rule.__name__, rule.__doc__ = name, doc
-    return intrinsic(rule)
+    return instruction(rule)
 
 
-def _call(name: str) -> Any:  # noqa: ANN401  - LLVM has no types
+def _call(name: str) -> Any:
     """Emit a call of an LLVM intrinsic that is overloaded on the type of its operands."""
-    letters = {ir.FloatType(): "f32", ir.IntType(32): "i32", ir.IntType(8): "i8"}
+    letters = {ir.FloatType(): "f32", ir.IntType(32): "i32", ir.IntType(8): "i8", ir.IntType(1): "i1"}
 
-    def emit(builder: Any, *args: Any) -> Any:  # noqa: ANN401
+    def emit(builder: Any, *args: Any) -> Any:
         *values, result = args
         vector = values[0].type
         full = f"llvm.{name}.v{vector.count}{letters[vector.element]}"
@@ -203,13 +203,11 @@ largest_of = _function(
     "largest_of", "int32", types.int32, _call("vector.reduce.smax"), "The largest of all lanes."
 )
 any_of = _function(
-    "any_of", "mask", types.boolean,
-    lambda b, x, _t: b.icmp_unsigned("!=", b.bitcast(x, ir.IntType(x.type.count)), ir.IntType(x.type.count)(0)),
-    "Whether a mask is true in any lane.",
-)  # fmt: skip
+    "any_of", "mask", types.boolean, _call("vector.reduce.or"), "Whether a mask is true in any lane."
+)
 
 
-def _two(a: Any, b: Any, *elements: str) -> LanesType | None:  # noqa: ANN401  - numba's interface
+def _two(a: Any, b: Any, *elements: str) -> LanesType | None:
     """The type of two operands of one lanes type, one of which may be a number."""
     for lanes, other in ((a, b), (b, a)):
         if isinstance(lanes, LanesType) and lanes.element in elements:
@@ -217,52 +215,52 @@ def _two(a: Any, b: Any, *elements: str) -> LanesType | None:  # noqa: ANN401  -
     return None
 
 
-def _choose(name: str, llvm: str, doc: str) -> Any:  # noqa: ANN401  - numba's interface
-    def rule(_typing: Any, a: Any, b: Any) -> Any:  # noqa: ANN401
+def _choose(name: str, llvm: str, doc: str) -> Any:
+    def rule(_typing: Any, a: Any, b: Any) -> Any:
         lanes = _two(a, b, "int32", "int8")
         if lanes is None:
             return None
 
-        def lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+        def lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             return _call(llvm)(builder, *args, lanes.vector)
 
         return lanes(lanes, lanes), lower
 
     rule.__name__, rule.__doc__ = name, doc
-    return intrinsic(rule)
+    return instruction(rule)
 
 
 smaller = _choose("smaller", "smin", "The smaller of two integers, in each lane.")
 larger = _choose("larger", "smax", "The larger of two integers, in each lane.")
 
 
-@intrinsic
-def where(_typing: Any, mask: Any, a: Any, b: Any) -> Any:  # noqa: ANN401  - numba's interface
+@instruction
+def where(_typing: Any, mask: Any, a: Any, b: Any) -> Any:
     """In each lane `a` where the mask is true, else `b`."""
     lanes = _two(a, b, "float32", "int32", "int8")
     if lanes is None or mask != lanes_type("mask", lanes.width):
         return None
 
-    def lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.select(*args)
 
     return lanes(mask, lanes, lanes), lower
 
 
-@intrinsic
-def interleave(_typing: Any, a: Any, b: Any) -> Any:  # noqa: ANN401  - numba's interface
+@instruction
+def interleave(_typing: Any, a: Any, b: Any) -> Any:
     """Twice as many lanes: a[0], b[0], a[1], b[1] ..."""
     lanes = lanes_type(a.element, 2 * a.width)
 
-    def lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         order = [i // 2 + a.width * (i % 2) for i in range(2 * a.width)]
         return builder.shuffle_vector(*args, ir.Constant(ir.VectorType(_INT32, 2 * a.width), order))
 
     return lanes(a, a), lower
 
 
-@intrinsic
-def fill(_typing: Any, value: Any) -> Any:  # noqa: ANN401  - numba's interface
+@instruction
+def fill(_typing: Any, value: Any) -> Any:
     """`WIDTH` float32 lanes that all hold `value`."""
     lanes = lanes_type("float32", WIDTH)
     return lanes(lanes), lambda _context, _builder, _signature, args: args[0]
@@ -271,19 +269,19 @@ def fill(_typing: Any, value: Any) -> Any:  # noqa: ANN401  - numba's interface
 _ARRAY_ELEMENTS = {types.float32: "float32", types.int32: "int32", types.uint8: "int8"}
 
 
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: Any) -> Any:  # noqa: ANN401
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: Any) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(cgutils.gep_inbounds(builder, data, index), vector.as_pointer())
 
 
-@intrinsic(prefer_literal=True)
-def load_lanes(_typing: Any, n: Any, array: Any, index: Any) -> Any:  # noqa: ANN401  - numba's interface
+@instruction
+def load_lanes(_typing: Any, n: Any, array: Any, index: Any) -> Any:
     """`n` lanes (a literal number) from neighbours in a float32, int32 or uint8 array, from `index` on; unchecked."""
     if not isinstance(n, types.Literal):
         return None
     lanes = lanes_type(_ARRAY_ELEMENTS[array.dtype], n.literal_value)
 
-    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         value = builder.load(_pointer(context, builder, array, args[1], args[2], lanes.vector))
         value.align = array.dtype.bitwidth // 8
         return value
@@ -297,13 +295,13 @@ def load(array: NDArray[Any], index: int) -> Lanes:
     return load_lanes(WIDTH, array, index)
 
 
-@intrinsic
-def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:  # noqa: ANN401  - numba's interface
+@instruction
+def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:
     """Put lanes to neighbours in an array of their element type, from `index` on; unchecked."""
     if not isinstance(value, LanesType) or value.element != _ARRAY_ELEMENTS.get(array.dtype):
         return None
 
-    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, array, args[0], args[1], value.vector)
         builder.store(args[2], pointer).align = array.dtype.bitwidth // 8
         return context.get_dummy_value()
@@ -311,8 +309,8 @@ def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:  # noqa: ANN
     return types.void(array, types.int64, value), lower
 
 
-@intrinsic(prefer_literal=True)
-def transpose(_typing: Any, n: Any, source: Any, at: Any, stride: Any, target: Any, to: Any, pitch: Any) -> Any:  # noqa: ANN401
+@instruction
+def transpose(_typing: Any, n: Any, source: Any, at: Any, stride: Any, target: Any, to: Any, pitch: Any) -> Any:
     """Copy `n` x `n` words of 32 bits from `source` to `target`, rows becoming columns; `n` is 4 or 8, literally.
 
     Rows start at element `at` of `source` and are `stride` elements apart, in `target` at `to` and `pitch` apart
@@ -324,7 +322,7 @@ def transpose(_typing: Any, n: Any, source: Any, at: Any, stride: Any, target: A
     vector = ir.VectorType(_INT32, rows)
     low, high = ([half + i // 2 + rows * (i % 2) for i in range(rows)] for half in (0, rows // 2))
 
-    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         _, src, at, stride, dst, to, pitch = args
         lines = []
         for i in range(rows):
@@ -370,11 +368,12 @@ def clipped_integer(v: Lanes, highest: int) -> Lanes:
 
 
 @helper
-def clipped(v: Lanes, highest: int) -> Lanes:
-    """`clipped_integer` as float32 lanes."""
-    bits = bits_of(v + 12582912.0) & 0x7FFFFF
-    bits = smaller(larger(bits, 0x400000), 0x400000 + highest)
-    return float_of(bits | 0x4B000000) - 12582912.0
+def clipped(v: Lanes, highest: int, everywhere: bool) -> Lanes:
+    """`clipped_integer` as float32 lanes; unless `everywhere` (a constant) only right for ``|v| < 2^22``."""
+    bits = bits_of(v + 12582912.0)
+    if everywhere:
+        bits = bits & 0x7FFFFF | 0x4B000000
+    return float_of(smaller(larger(bits, 0x4B400000), 0x4B400000 + highest)) - 12582912.0
 
 
 @helper
@@ -417,3 +416,7 @@ if TYPE_CHECKING:
         __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = __lt__ = __le__ = __gt__ = __ge__ = _operate
 
         def __invert__(self) -> Lanes: ...
+
+        def __eq__(self, other: object) -> Any: ...
+
+        def __hash__(self) -> int: ...

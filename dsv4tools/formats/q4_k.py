@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4tools.formats.bits import f16_to_float, load_u16
-from dsv4tools.formats.compile import helper, kernel
+from dsv4tools.formats.compile import helper, kernel, routine
 from dsv4tools.formats.lanes import (
     WIDTH,
     absolute,
@@ -30,17 +30,19 @@ from dsv4tools.formats.search import fit_positive, search_scale_and_min
 from dsv4tools.formats.tiles import BLOCK_OVERFLOW, DECODE, ENCODE, N_TARGET, encode_tiles, note_fault
 
 if TYPE_CHECKING:
-    from dsv4tools.formats.tiles import Bytes, FaultSlots, Floats, Shape
+    from dsv4tools.formats.lanes import Lanes
+    from dsv4tools.formats.tiles import Bytes, FaultSlots, Floats, Ints, Shape
 
 VALUES = 256
 BYTES = 144
 _SUB = 32                      # values of a sub-block; there are eight in a block
 _TILE = WIDTH * VALUES         # one block per lane
-_STEP = _SUB * WIDTH           # elements of a buffer from sub-block to sub-block
+_STEP = _SUB * WIDTH           # a sub-block of every lane
+_FIT = 8 * WIDTH               # one number per sub-block
 F = np.float32
 
 
-@helper
+@routine
 def _to_lanes(tile: Floats, x: Floats) -> None:
     """Blocks side by side: value i of lane k goes from ``tile[256 k + i]`` to ``x[WIDTH i + k]``."""
     for i in range(0, VALUES, 8):
@@ -50,6 +52,7 @@ def _to_lanes(tile: Floats, x: Floats) -> None:
 
 @helper
 def _weigh_by_size(x: Floats, at: int, w: Floats) -> None:
+    """Without importance a value weighs its size plus the sub-block's root mean square."""
     total = fill(0.0)
     for i in range(_SUB):
         value = load(x, at + i * WIDTH)
@@ -60,7 +63,8 @@ def _weigh_by_size(x: Floats, at: int, w: Floats) -> None:
 
 
 @helper
-def _weigh_by_importance(x: Floats, q: Floats, at: int, sigma2, w: Floats):
+def _weigh_by_importance(x: Floats, q: Floats, at: int, sigma2: Lanes, w: Floats) -> Lanes:
+    """Weights from the columns' importance; returns their sum."""
     total = fill(0.0)
     for i in range(_SUB):
         value = load(x, at + i * WIDTH)
@@ -70,9 +74,9 @@ def _weigh_by_importance(x: Floats, q: Floats, at: int, sigma2, w: Floats):
     return total
 
 
-@helper
-def _six_bits(x, levels):
-    """Scales (or mins) as levels of 0..63, and the F16 bits of what a level stands for: maximum / 63."""
+@routine
+def _six_bits(x: Floats, levels: Ints) -> Lanes:
+    """Scales (or mins) as levels 0..63 of their maximum, and the F16 bits of what one level is."""
     hi = fill(0.0)
     for j in range(8):
         value = load(x, j * WIDTH)
@@ -83,37 +87,34 @@ def _six_bits(x, levels):
     return to_f16(hi / 63.0)
 
 
-@helper
-def _pack_head(d, dmin, scales, mins, words):
-    """The first 16 bytes; returns nothing, but leaves in `scales` and `mins` what a decoder will read."""
+@routine
+def _pack_head(d: Lanes, dmin: Lanes, scales: Ints, mins: Ints, words: Ints) -> None:
+    """The first 16 bytes as four words. Leaves in `scales` and `mins` what a decoder will read from them.
+
+    Sub-block j < 4: byte j is s[j] with the two high bits of s[j + 4] above, byte j + 4 the same of m, byte j + 8
+    the low halves of s[j + 4] and m[j + 4].
+    """
     store(words, 0, d | dmin << 16)
-    low = fill(0.0)
-    word_s = nint(low)
-    word_m = nint(low)
-    word_h = nint(low)
+    for word in range(1, 4):
+        store(words, word * WIDTH, d ^ d)
     for j in range(4):
-        s0 = load(scales, j * WIDTH)
-        s1 = load(scales, (j + 4) * WIDTH)
-        m0 = load(mins, j * WIDTH)
-        m1 = load(mins, (j + 4) * WIDTH)
-        s = (s0 | s1 >> 4 << 6) & 255
-        m = (m0 | m1 >> 4 << 6) & 255
-        h = ((s1 & 15) | m1 << 4) & 255
-        word_s = word_s | s << (8 * j)
-        word_m = word_m | m << (8 * j)
-        word_h = word_h | h << (8 * j)
+        s, m = load(scales, j * WIDTH), load(mins, j * WIDTH)
+        s4, m4 = load(scales, (j + 4) * WIDTH), load(mins, (j + 4) * WIDTH)
+        s = (s | s4 >> 4 << 6) & 255
+        m = (m | m4 >> 4 << 6) & 255
+        both = (s4 & 15 | m4 << 4) & 255
+        store(words, WIDTH, load(words, WIDTH) | s << 8 * j)
+        store(words, 2 * WIDTH, load(words, 2 * WIDTH) | m << 8 * j)
+        store(words, 3 * WIDTH, load(words, 3 * WIDTH) | both << 8 * j)
         store(scales, j * WIDTH, s & 63)
         store(mins, j * WIDTH, m & 63)
-        store(scales, (j + 4) * WIDTH, (h & 15) | s >> 6 << 4)
-        store(mins, (j + 4) * WIDTH, h >> 4 | m >> 6 << 4)
-    store(words, WIDTH, word_s)
-    store(words, 2 * WIDTH, word_m)
-    store(words, 3 * WIDTH, word_h)
+        store(scales, (j + 4) * WIDTH, both & 15 | s >> 6 << 4)
+        store(mins, (j + 4) * WIDTH, both >> 4 | m >> 6 << 4)
 
 
-@helper
-def _requantize(x, at, dd, dm, inverse, low, levels):
-    """Levels of a sub-block for the scale and min that are stored; where the scale is 0 the search's stay."""
+@routine
+def _requantize(x: Floats, at: int, dd: Lanes, dm: Lanes, inverse: Lanes, low: Lanes, levels: Ints) -> None:
+    """Levels of a sub-block for the scale and min that are stored; where that scale is 0 the search's stay."""
     for i in range(_SUB):
         store(levels, i * WIDTH, clipped_integer((load(x, at + i * WIDTH) + dm) / dd, 15))
     none = dd == 0.0
@@ -124,19 +125,27 @@ def _requantize(x, at, dd, dm, inverse, low, levels):
 
 
 @helper
-def _encode_lanes(x, q, weighted, blocks):
-    """Encode one block per lane to `WIDTH` blocks; whether all d and dmin are finite as F16."""
+def _pack_pair(levels: Ints, words: Ints, to: int) -> None:
+    """Two sub-blocks of levels as eight words: the first in the low nibbles, the second in the high ones."""
+    for i in range(8):
+        word = load(levels, 4 * i * WIDTH) | load(levels, 4 * i * WIDTH + _STEP) << 4
+        for b in range(1, 4):
+            byte = load(levels, (4 * i + b) * WIDTH) | load(levels, (4 * i + b) * WIDTH + _STEP) << 4
+            word = word | byte << 8 * b
+        store(words, to + i * WIDTH, word)
+
+
+@helper
+def _encode_lanes(x: Floats, q: Floats, weighted: bool, blocks: Bytes) -> bool:
+    """Encode one block per lane to `WIDTH` blocks; whether every d and dmin is finite as F16."""
     w = aligned(_STEP)
     trial = aligned(2 * _STEP)
     levels = trial.view(np.int32)
-    fits = aligned(5 * 8 * WIDTH)
-    scale, low, weight, inverse, offset = (
-        fits[: 8 * WIDTH], fits[8 * WIDTH : 16 * WIDTH], fits[16 * WIDTH : 24 * WIDTH],
-        fits[24 * WIDTH : 32 * WIDTH], fits[32 * WIDTH :],
-    )
-    scales = aligned(8 * WIDTH).view(np.int32)
-    mins = aligned(8 * WIDTH).view(np.int32)
-    words = aligned(36 * WIDTH).view(np.int32)
+    scale, low, weight = aligned(_FIT), aligned(_FIT), aligned(_FIT)   # of each sub-block
+    inverse, offset = aligned(_FIT), aligned(_FIT)
+    scales, mins = aligned(_FIT).view(np.int32), aligned(_FIT).view(np.int32)
+    words = aligned(BYTES // 4 * WIDTH).view(np.int32)
+    rmin, rdelta, n_steps = (F(-0.9), F(0.05), 36) if weighted else (F(-1.0), F(0.1), 20)
     sigma2 = fill(0.0)
     if weighted:
         for i in range(VALUES):
@@ -144,14 +153,11 @@ def _encode_lanes(x, q, weighted, blocks):
             sigma2 = sigma2 + value * value
         sigma2 = 2.0 * sigma2 / 256.0
     for j in range(8):
-        at = j * _STEP
         if weighted:
-            store(weight, j * WIDTH, _weigh_by_importance(x, q, at, sigma2, w))
-            rmin, rdelta, n_steps = F(-0.9), F(0.05), 36
+            store(weight, j * WIDTH, _weigh_by_importance(x, q, j * _STEP, sigma2, w))
         else:
-            _weigh_by_size(x, at, w)
-            rmin, rdelta, n_steps = F(-1.0), F(0.1), 20
-        s, m, kept_inverse, kept_low = search_scale_and_min(x, at, w, trial, _SUB, 15, rmin, rdelta, n_steps)
+            _weigh_by_size(x, j * _STEP, w)
+        s, m, kept_inverse, kept_low = search_scale_and_min(x, j * _STEP, w, trial, _SUB, 15, rmin, rdelta, n_steps)
         store(scale, j * WIDTH, s)
         store(low, j * WIDTH, m)
         store(inverse, j * WIDTH, kept_inverse)
@@ -163,23 +169,14 @@ def _encode_lanes(x, q, weighted, blocks):
         d = _six_bits(scale, scales)
         dmin = _six_bits(low, mins)
     _pack_head(d, dmin, scales, mins, words)
-    unit = from_f16(d)
-    unit_min = from_f16(dmin)
-    for pair in range(4):
-        for half in range(2):
-            j = 2 * pair + half
-            dd = unit * to_float(load(scales, j * WIDTH))
-            dm = unit_min * to_float(load(mins, j * WIDTH))
-            _requantize(
-                x, j * _STEP, dd, dm, load(inverse, j * WIDTH), load(offset, j * WIDTH), levels[half * _STEP :]
-            )
-        for i in range(8):
-            word = load(levels, 4 * i * WIDTH) | load(levels, 4 * i * WIDTH + _STEP) << 4
-            for b in range(1, 4):
-                code = load(levels, (4 * i + b) * WIDTH) | load(levels, (4 * i + b) * WIDTH + _STEP) << 4
-                word = word | code << (8 * b)
-            store(words, (4 + 8 * pair + i) * WIDTH, word)
-    for i in range(0, 36, 4):
+    for j in range(8):
+        dd = from_f16(d) * to_float(load(scales, j * WIDTH))
+        dm = from_f16(dmin) * to_float(load(mins, j * WIDTH))
+        half = levels[j % 2 * _STEP :]
+        _requantize(x, j * _STEP, dd, dm, load(inverse, j * WIDTH), load(offset, j * WIDTH), half)
+        if j % 2:
+            _pack_pair(levels, words, (4 * j) * WIDTH)
+    for i in range(0, BYTES // 4, 4):
         for k in range(0, WIDTH, 4):
             transpose(4, words, WIDTH * i + k, WIDTH, blocks, BYTES * k + 4 * i, BYTES)
     return not any_of(((d & 0x7FFF) >= 0x7C00) | ((dmin & 0x7FFF) >= 0x7C00))
@@ -189,12 +186,12 @@ def _encode_lanes(x, q, weighted, blocks):
 def _encode_tile(
     tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
 ) -> None:
-    x = aligned(_TILE)
-    q = aligned(_TILE)
-    blocks = aligned(BYTES * WIDTH // 4).view(np.uint8)
+    """Encode the blocks of a tile, one per lane; lanes without a block hold zeros."""
+    x, q = aligned(_TILE), aligned(_TILE)
+    blocks = aligned(BYTES // 4 * WIDTH).view(np.uint8)
+    n_blocks = count // VALUES
     _to_lanes(tile, x)
     weighted = importance.size > 0
-    n_blocks = count // VALUES
     if weighted:
         for k in range(WIDTH):
             column = (first + VALUES * k) % n_cols
@@ -204,8 +201,7 @@ def _encode_tile(
     out[at : at + BYTES * n_blocks] = blocks[: BYTES * n_blocks]
     if not finite:
         for k in range(n_blocks):
-            d = load_u16(blocks, BYTES * k) & 0x7FFF
-            dmin = load_u16(blocks, BYTES * k + 2) & 0x7FFF
+            d, dmin = load_u16(blocks, BYTES * k) & 0x7FFF, load_u16(blocks, BYTES * k + 2) & 0x7FFF
             if max(d, dmin) >= 0x7C00:
                 note_fault(faults, N_TARGET, BLOCK_OVERFLOW, first + VALUES * k, 1)
 
@@ -214,11 +210,13 @@ def _encode_tile(
 def encode(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
 ) -> None:
+    """Rows of any source to Q4_K, with an importance vector or without."""
     encode_tiles(_encode_tile, _TILE, VALUES, BYTES, kind, shape, data, scales, importance, out, faults)
 
 
 @kernel(DECODE)
 def decode(data: Bytes, out: Floats) -> None:
+    """Q4_K to float32: ``d scale l - dmin min``."""
     for block in range(out.size // VALUES):
         at = BYTES * block
         d = f16_to_float(load_u16(data, at))

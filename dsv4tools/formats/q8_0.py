@@ -39,7 +39,7 @@ def _encode_block(tile: Floats, start: int, out: Bytes, at: int) -> bool:
     store(out, at + 2, to_byte(bits_of(whole + away + 12582912.0)))
     half = float_to_f16(d)
     store_u16(out, at, half)
-    return half < 0x7C00
+    return bool(half < 0x7C00)
 
 
 @helper
@@ -55,11 +55,13 @@ def _encode_tile(
 def encode(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
 ) -> None:
+    """Rows of any source to Q8_0."""
     encode_tiles(_encode_tile, _TILE, VALUES, BYTES, kind, shape, data, scales, importance, out, faults)
 
 
 @kernel(DECODE)
 def decode(data: Bytes, out: Floats) -> None:
+    """Q8_0 to float32: ``d q``."""
     for block in range(out.size // VALUES):
         d = f16_to_float(load_u16(data, BYTES * block))
         for i in range(VALUES):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4tools.formats.compile import helper
+from dsv4tools.formats.compile import helper, routine
 from dsv4tools.formats.lanes import (
     WIDTH,
+    absolute,
     any_of,
     clipped,
     fill,
@@ -26,16 +27,46 @@ from dsv4tools.formats.lanes import (
 )
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-
-    Floats = NDArray[np.float32]
+    from dsv4tools.formats.lanes import Lanes
+    from dsv4tools.formats.tiles import Floats, Ints
 
 F = np.float32
 
 
 @helper
-def search_scale_and_min(x, at, w, levels, n, highest, rmin, rdelta, n_steps):
+def _sum_levels(
+    x: Floats, at: int, w: Floats, levels: Floats, n: int, lo: Lanes, inverse: Lanes, highest: int, everywhere: bool
+) -> tuple[Lanes, Lanes, Lanes]:
+    """Put ``l = clip(nint(inverse * (x - lo)))`` to `levels`; the sums of w l, w l^2 and w l x."""
+    sl = fill(0.0)
+    sl2 = fill(0.0)
+    sxl = fill(0.0)
+    for i in range(n):
+        value = load(x, at + i * WIDTH)
+        level = clipped(inverse * (value - lo), highest, everywhere)
+        store(levels, i * WIDTH, level)
+        wl = load(w, i * WIDTH) * level
+        sl = sl + wl
+        sl2 = sl2 + wl * level
+        sxl = sxl + wl * value
+    return sl, sl2, sxl
+
+
+@helper
+def _sum_errors(x: Floats, at: int, w: Floats, levels: Floats, n: int, scale: Lanes, lo: Lanes) -> Lanes:
+    """The sum of ``w (scale * l + lo - x)^2``."""
+    total = fill(0.0)
+    for i in range(n):
+        error = scale * load(levels, i * WIDTH) + lo - load(x, at + i * WIDTH)
+        total = total + load(w, i * WIDTH) * (error * error)
+    return total
+
+
+@routine
+def search_scale_and_min(
+    x: Floats, at: int, w: Floats, levels: Floats, n: int, highest: int,
+    rmin: np.float32, rdelta: np.float32, n_steps: int,
+) -> tuple[Lanes, Lanes, Lanes, Lanes]:  # fmt: skip
     """Fit ``x = scale * l + minimum`` with l in 0..highest and minimum <= 0, weighing squared errors with `w`.
 
     Returns ``(scale, -minimum, inverse, low)``: the levels of the best fit are ``clip(nint(inverse * (x - low)))``.
@@ -52,51 +83,43 @@ def search_scale_and_min(x, at, w, levels, n, highest, rmin, rdelta, n_steps):
         hi = where(value > hi, value, hi)
         sw = sw + weight
         sx = sx + weight * value
+    smallest = lo
     lo = where(lo > 0.0, 0.0, lo)
-    flat = hi <= lo
-    inverse = highest / (hi - lo)
-    scale = 1.0 / inverse
-    best = fill(0.0)
-    for i in range(n):
-        value = load(x, at + i * WIDTH)
-        error = scale * clipped(inverse * (value - lo), highest) + lo - value
-        best = best + load(w, i * WIDTH) * (error * error)
+    flat = hi <= lo   # a flat lane gets an inverse of 0 and so level 0 everywhere, which no step improves
+    inverse = where(flat, 0.0, highest / (hi - lo))
+    scale = where(flat, 0.0, 1.0 / inverse)
+    _sum_levels(x, at, w, levels, n, lo, inverse, highest, True)
+    best = _sum_errors(x, at, w, levels, n, scale, lo)
     kept_inverse = inverse
     kept_lo = lo
     for step in range(n_steps + 1):
-        inverse = (rmin + rdelta * F(step) + F(highest)) / (hi - lo)
-        sl = fill(0.0)
-        sl2 = fill(0.0)
-        sxl = fill(0.0)
-        for i in range(n):
-            value = load(x, at + i * WIDTH)
-            level = clipped(inverse * (value - lo), highest)
-            store(levels, i * WIDTH, level)
-            wl = load(w, i * WIDTH) * level
-            sl = sl + wl
-            sl2 = sl2 + wl * level
-            sxl = sxl + wl * value
+        inverse = where(flat, 0.0, (rmin + rdelta * F(step) + F(highest)) / (hi - lo))
+        # The product is monotonic in x: when both ends are in range, so is everything between.
+        first = absolute(inverse * (smallest - lo))
+        last = absolute(inverse * (hi - lo))
+        if any_of(~((first < 4194303.0) & (last < 4194303.0))):
+            sl, sl2, sxl = _sum_levels(x, at, w, levels, n, lo, inverse, highest, True)
+        else:
+            sl, sl2, sxl = _sum_levels(x, at, w, levels, n, lo, inverse, highest, False)
         det = sw * sl2 - sl * sl
         s = (sw * sxl - sx * sl) / det
         m = (sl2 * sx - sl * sxl) / det
         above = m > 0.0
-        s = where(above, sxl / sl2, s)
-        m = where(above, 0.0, m)
-        total = fill(0.0)
-        for i in range(n):
-            error = s * load(levels, i * WIDTH) + m - load(x, at + i * WIDTH)
-            total = total + load(w, i * WIDTH) * (error * error)
+        if any_of(above):
+            s = where(above, sxl / sl2, s)
+            m = where(above, 0.0, m)
+        total = _sum_errors(x, at, w, levels, n, s, m)
         better = (det > 0.0) & (total < best)
         best = where(better, total, best)
         scale = where(better, s, scale)
         kept_inverse = where(better, inverse, kept_inverse)
         kept_lo = where(better, lo, kept_lo)
         lo = where(better, m, lo)
-    return where(flat, 0.0, scale), 0.0 - lo, kept_inverse, kept_lo
+    return scale, 0.0 - lo, kept_inverse, kept_lo
 
 
-@helper
-def fit_positive(x, w, levels, n, highest):
+@routine
+def fit_positive(x: Floats, w: Floats, levels: Ints, n: int, highest: int) -> Lanes:
     """Fit ``x = scale * l`` with l in 0..highest, weighing squared errors with `w`; integers l go to `levels`.
 
     `x` and `w` hold one sub-block per element and one block per lane. C keeps a level in a byte, whatever came out.

@@ -39,14 +39,17 @@ ENCODED = {
     "Q4_K": "0d644b1432662833",
 }
 IMPORTANT = {"Q4_K": "dfe2e225917eafcf"}     # the same values, column i weighing ramp(i)^2
-DECODED = {
+DECODED = {   # 32 blocks of bytes
     "F32": "a8f787a3511b311e",
     "F16": "c6b7e2392ebea7c1",
     "BF16": "fa70a0b67884e2e5",
     "Q8_0": "ac1b16d7ecc1c791",
     "Q4_K": "1b2458670fe5a256",
-}   # 32 blocks of bytes
-SOURCES = {SourceKind.FP8: "fde677d4b4a7cea5", SourceKind.FP4: "074d6bf93fc22e37"}   # every code under the scales 2^-127, 1 and 2^100
+}
+SOURCES = {   # every code under the scales 2^-127, 1 and 2^100
+    SourceKind.FP8: "fde677d4b4a7cea5",
+    SourceKind.FP4: "074d6bf93fc22e37",
+}
 
 
 def values() -> NDArray[np.float32]:

@@ -23,7 +23,7 @@ from dsv4tools.formats.bits import (
     load_u16,
     load_u32,
 )
-from dsv4tools.formats.compile import helper
+from dsv4tools.formats.compile import helper, routine
 from dsv4tools.formats.lanes import (
     bits_of,
     byte_to_float,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
     Floats = NDArray[np.float32]
+    Ints = NDArray[np.int32]
     FaultSlots = NDArray[np.int64]
     Shape = tuple[int, int, int, int, int]
     EncodeTile = Callable[[Floats, int, int, int, Floats, Bytes, int, FaultSlots], None]
@@ -62,7 +63,9 @@ ENCODE = (
 # The signature of every decoder: data, out.
 DECODE = f"void({_BYTES}, float32[::1])"
 # The signature of the decoder of source formats: kind and shape as above, data, scales, out, faults.
-DECODE_SOURCE = f"void(int64, UniTuple(int64, 5), {_BYTES}, Array(uint8, 2, 'C', readonly=True), float32[::1], int64[::1])"
+DECODE_SOURCE = (
+    f"void(int64, UniTuple(int64, 5), {_BYTES}, Array(uint8, 2, 'C', readonly=True), float32[::1], int64[::1])"
+)
 _LANES, _PAIRS = 32, 16   # values that source decoders take at once, and bytes of two FP4 values
 # Slots of the `faults` array that a kernel fills: counts, then kind and position (flat value index) of the first.
 N_SOURCE, N_TARGET, FIRST_KIND, FIRST_POSITION, N_FAULT_SLOTS = range(5)
@@ -138,7 +141,7 @@ def _load_scaled(
             group = 0
 
 
-@helper
+@routine
 def load_tile(kind: int, shape: Shape, data: Bytes, scales: Bytes, first: int, count: int, tile: Floats) -> bool:
     """Decode values `first` .. `first + count` of a run of rows to ``tile[:count]``; whether all of them are finite.
 
@@ -158,7 +161,7 @@ def load_tile(kind: int, shape: Shape, data: Bytes, scales: Bytes, first: int, c
     largest = np.uint32(0)
     for i in range(count):
         largest = max(largest, np.uint32(float_bits(tile[i]) & np.uint32(0x7FFFFFFF)))
-    return largest < np.uint32(0x7F800000)
+    return bool(largest < np.uint32(0x7F800000))
 
 
 @helper
@@ -176,7 +179,7 @@ def _fault_kind(kind: int, shape: Shape, data: Bytes, scales: Bytes, position: i
     return SCALED_OVERFLOW
 
 
-@helper
+@routine
 def note_source_faults(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, first: int, count: int, tile: Floats, zero: bool,
     faults: FaultSlots,
