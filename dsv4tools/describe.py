@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4tools.errors import Dsv4Error
 from dsv4tools.files import free_bytes
+from dsv4tools.outfile import SPACE_MARGIN_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +45,7 @@ def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
         "data_offset": plan.data_offset,
         "source_bytes": plan.source_bytes,
         "free_bytes": free,
-        "fits": free is not None and plan.total_bytes <= free,
+        "fits": free is not None and plan.total_bytes + SPACE_MARGIN_BYTES <= free,
         "hash_verified": False,
         "threads": threads,
         "buffer_bytes": plan.memory_bytes(threads),
@@ -149,6 +151,7 @@ def describe_gguf(file: GgufFile) -> dict[str, Any]:
 
 def _describe_value(value: Any) -> Any:  # noqa: ANN401  - metadata values are of any type
     items = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(items, list) and len(items) > 100:
-        return {"n": len(items), "first": items[:8]}
-    return items
+    if isinstance(items, list):
+        shown = [_describe_value(item) for item in (items if len(items) <= 100 else items[:8])]
+        return shown if len(items) <= 100 else {"n": len(items), "first": shown}
+    return str(items) if isinstance(items, float) and not math.isfinite(items) else items   # JSON has no NaN

@@ -17,6 +17,15 @@ EXIT_CODES = {
 }
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """`text` with all but printable characters and those of `keep` escaped.
+
+    A hostile file may put control characters into names and texts: a terminal must never see them.
+    """
+    return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
+                   for c in text)
+
+
 class Dsv4Error(Exception):
     """Base of every error that is not a bug of ours.
 
@@ -42,8 +51,7 @@ class Dsv4Error(Exception):
         text = f"{self.where}: {self.what}" if self.where else self.what
         if self.hint:
             text += f"; {self.hint}"
-        # A hostile file may put control characters into names: a terminal must never see them.
-        return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+        return printable(text)
 
 
 class UsageError(Dsv4Error):

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4tools.errors import ResourceError
-from dsv4tools.files import pread_into
+from dsv4tools.files import pread_into, pwrite_all
 from dsv4tools.gguf.reader import open_gguf
+from dsv4tools.outfile import complete_file, explained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 _CHUNK_BYTES = 1 << 23
 
@@ -63,13 +63,5 @@ def write_manifest(gguf: Path, path: Path, zeroed: Mapping[str, int]) -> None:
     lines.append(f"sha256    {payloads}  {gguf.name}")
     lines.append(f"# sha256 of the whole file: {whole}")
     lines += [f"# {n} values that are not finite were converted to 0 in {name}" for name, n in zeroed.items()]
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".partial", delete=False,
-                                         encoding="utf-8") as f:
-            f.write("\n".join(lines) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-            os.fchmod(f.fileno(), 0o644)
-        Path(f.name).replace(path)
-    except OSError as e:
-        raise ResourceError(path, f"cannot be written: {e.strerror}") from None
+    with complete_file(path) as fd, explained(path):
+        pwrite_all(fd, memoryview(os.fsencode("\n".join(lines) + "\n")), 0)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from dsv4tools.errors import ResourceError, UsageError
+from dsv4tools.files import pwrite_all
 from dsv4tools.gguf.header import TensorInfo, encode_header
 from dsv4tools.gguf.values import KV
+from dsv4tools.outfile import check_output, complete_file, explained
 from dsv4tools.plan import TEMPLATE_KEY
 
 if TYPE_CHECKING:
@@ -27,25 +28,16 @@ def write_template(plan: Plan, path: Path, *, sparse: bool = False, overwrite: b
     Raises
     ------
     UsageError
-        `path` exists.
+        `path` exists, is an input or lies beside the inputs.
     ResourceError
         It cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise UsageError(path, "exists", hint="--overwrite replaces it")
+    check_output(plan.checkpoint, path, overwrite=overwrite)
     kvs = (*plan.kvs, KV(TEMPLATE_KEY, "bool", value=True))
     infos = [TensorInfo(t.name, t.tensor.ne, t.format, t.offset) for t in plan.tensors]
     header = encode_header(kvs, infos, plan.template.alignment)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as f:
-            f.write(header)
-            if sparse:
-                f.truncate(len(header) + plan.data_bytes)
-            f.flush()
-            os.fsync(f.fileno())
-        partial.replace(path)
-    except OSError as e:
-        partial.unlink(missing_ok=True)
-        raise ResourceError(path, f"cannot be written: {e.strerror}") from None
-    return len(header) + (plan.data_bytes if sparse else 0)
+    n_bytes = len(header) + (plan.data_bytes if sparse else 0)
+    with complete_file(path) as fd, explained(path):
+        pwrite_all(fd, memoryview(header), 0)
+        os.ftruncate(fd, n_bytes)
+    return n_bytes

@@ -10,20 +10,34 @@ import threading
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from dsv4tools.errors import ResourceError, UsageError
+from dsv4tools.files import usable_cpus
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable
 
 EXTRA_THREADS = 2
+MAX_THREADS = 1024
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def choose_threads(threads: int | None) -> int:
+    """`threads`, or all usable cores for None; UsageError unless it is 1 to MAX_THREADS."""
+    if threads is None:
+        return min(usable_cpus(), MAX_THREADS)
+    if not 1 <= threads <= MAX_THREADS:
+        raise UsageError("--threads", f"is {threads}, expected 1 to {MAX_THREADS}")
+    return threads
 
 
 class _Crew(Generic[Item, Result]):
     """Threads that work on one list of items until it ends, something fails, or they are told to stop."""
 
     def __init__(
-        self, items: Iterable[Item], make_worker: Callable[[threading.Semaphore], Callable[[Item], Result]], threads: int
+        self, items: Iterable[Item], make_worker: Callable[[threading.Semaphore], Callable[[Item], Result]],
+        threads: int,
     ) -> None:
         self._items, self._lock = iter(items), threading.Lock()
         self._make_worker, self._computing = make_worker, threading.Semaphore(threads)
@@ -32,6 +46,18 @@ class _Crew(Generic[Item, Result]):
         self.error: BaseException | None = None
         self.threads = [threading.Thread(target=self._run, name=f"unit-{i}", daemon=True)
                         for i in range(threads + EXTRA_THREADS)]
+
+    def start(self) -> int:
+        """Start the threads; how many there are, which is fewer with an error where the system gives no more."""
+        for n_started, thread in enumerate(self.threads):
+            try:
+                thread.start()
+            except RuntimeError:
+                self.error = self.error or ResourceError(
+                    "--threads", f"the system allows {n_started} threads, not {len(self.threads)}", hint="use fewer")
+                self.stop.set()
+                return n_started
+        return len(self.threads)
 
     def _run(self) -> None:
         try:
@@ -51,7 +77,7 @@ class _Crew(Generic[Item, Result]):
 
 def run_units(
     items: Iterable[Item], make_worker: Callable[[threading.Semaphore], Callable[[Item], Result]], threads: int
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Run ``worker(item)`` for all `items`; yields results as they come, in no particular order.
 
     Parameters
@@ -64,13 +90,11 @@ def run_units(
         How many may compute at the same time.
 
     The first exception of a worker is raised here, after all others finished the item that they had in hand. Closing
-    the iterator stops the workers likewise.
+    the generator stops the workers likewise. ResourceError if the system gives no more threads.
     """
     crew = _Crew(items, make_worker, threads)
-    for thread in crew.threads:
-        thread.start()
-    running = len(crew.threads)
     try:
+        running = crew.start()
         while running:
             outcome = crew.done.get()
             if outcome is None:
@@ -80,6 +104,7 @@ def run_units(
     finally:
         crew.stop.set()
         for thread in crew.threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
     if crew.error is not None:
         raise crew.error

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from dsv4tools.cli.main import main
 from dsv4tools.synthetic import FLASH, TINY, write_checkpoint, write_sparse
 
 if TYPE_CHECKING:
@@ -74,3 +77,42 @@ def make_checkpoint(tmp_path, _written) -> Callable[..., Path]:
         return Path(shutil.copytree(source, tmp_path / name))
 
     return make
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What ``--json`` printed."""
+        return json.loads(self.out)
+
+    def failed(self, code: int) -> str:
+        """The one line that an error is, checked for its form."""
+        assert self.code == code, self
+        assert self.err.startswith("error: "), self
+        assert self.err.count("\n") == 1, self
+        assert self.err.isprintable() or self.err[:-1].isprintable(), self
+        return self.err
+
+
+@pytest.fixture
+def dsv4tools(monkeypatch, capsys) -> Callable[..., Outcome]:
+    """Run the command line in this process: ``dsv4tools("convert", source, out)``."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["dsv4tools", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as end:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return Outcome(end.value.code, *capsys.readouterr())
+
+    return run

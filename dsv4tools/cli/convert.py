@@ -14,13 +14,14 @@ from dsv4tools.cli.output import (
     json_option,
     progress_bar,
     say,
+    shell_words,
     show,
     show_json,
     show_table,
     threads_option,
 )
 from dsv4tools.cli.planning import plan_from_options, plan_options
-from dsv4tools.convert import check_output, check_space
+from dsv4tools.convert import check_conversion
 from dsv4tools.convert import convert as run_conversion
 from dsv4tools.describe import describe_plan, output_name
 from dsv4tools.files import usable_cpus
@@ -64,8 +65,7 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
         else:
             _show_plan(plan, report)
         return
-    check_output(plan, out, overwrite=overwrite)
-    check_space(plan, out)
+    check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
     for note in plan.notes:
         say(f"note: {note}")
     announce_compilation([t.format.name for t in plan.tensors])
@@ -83,7 +83,7 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
         show(f"{n} values that are not finite were converted to 0 in {name}")
     if manifest:
         show(f"wrote {manifest}")
-    show(f"next: dsv4tools verify {out} --source {source}")
+    show(f"next: {shell_words('dsv4tools', 'verify', out, '--source', source)}")
 
 
 def _show_plan(plan: Plan, report: dict[str, object]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dsv4tools.checkpoint import open_checkpoint
-from dsv4tools.cli.output import EPILOG, json_option, show, show_json, show_table
+from dsv4tools.cli.output import EPILOG, json_option, shell_words, show, show_json, show_table
 from dsv4tools.describe import describe_checkpoint, describe_gguf
 from dsv4tools.errors import InputError
 from dsv4tools.gguf.reader import scan_gguf
@@ -40,7 +40,7 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
     show_json(data) if as_json else _show_gguf(data, tensors=tensors)
     if errors:
         raise InputError(path, f"{errors[0].where}: {errors[0].message}",
-                         hint=f"dsv4tools verify {path} lists all {len(errors)} errors")
+                         hint=f"{shell_words('dsv4tools', 'verify', path)} lists all {len(errors)} errors")
 
 
 def _layer_list(layers: list[int]) -> str:
@@ -76,7 +76,7 @@ def _show_checkpoint(data: dict[str, Any]) -> None:
     else:
         ids = ", ".join(f"{name} {i}" for name, i in tokenizer["special_ids"].items())
         show(f"tokenizer      {tokenizer['n_tokens']} tokens, {tokenizer['n_merges']} merges, {ids}")
-    show(f"next: dsv4tools convert {data['path']} --dry-run")
+    show(f"next: {shell_words('dsv4tools', 'convert', data['path'], '--dry-run')}")
 
 
 def _show_gguf(data: dict[str, Any], *, tensors: bool) -> None:
@@ -94,4 +94,4 @@ def _show_gguf(data: dict[str, Any], *, tensors: bool) -> None:
     if tensors:
         rows = [(t["name"], "x".join(map(str, t["ne"])), t["type"], t["offset"], t["n_bytes"]) for t in data["tensors"]]
         show_table(rows, right="lllrr")
-    show(f"next: dsv4tools verify {data['path']}")
+    show(f"next: {shell_words('dsv4tools', 'verify', data['path'])}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import signal
 import sys
+import traceback
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from dsv4tools import __version__
 from dsv4tools.cli.output import EPILOG, say
-from dsv4tools.errors import Dsv4Error, Interrupted
+from dsv4tools.errors import Dsv4Error, Interrupted, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -64,53 +66,91 @@ def group(debug: bool) -> None:
     del debug
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as something that no `except Exception` between here and there swallows."""
+
+
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:]
     head = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in head
     arguments = [a for a in head if a != "--debug"] + arguments[len(head):]
+    _open_standard_streams()
     logging.basicConfig(format="warning: %(message)s", level=logging.DEBUG if debug else logging.WARNING)
     logging.getLogger("numba").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
+    if "_DSV4TOOLS_COMPLETE" in os.environ:   # a shell asks for completions, in click's own way
+        group.main(arguments, prog_name="dsv4tools")
     sys.exit(_run(arguments, debug=debug))
 
 
+def _open_standard_streams() -> None:
+    """Occupy the descriptors 0 to 2 where the caller closed them, so that no output file gets the number of stderr.
+
+    A stdout that cannot show every character shows its number instead.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001  - signal's signature
-    raise Interrupted(number, "terminated", hint="nothing was left under the output's name")
+    raise _Terminated
 
 
-def _run(arguments: list[str], *, debug: bool) -> int:  # noqa: PLR0911  - one return per kind of ending
+def _run(arguments: list[str], *, debug: bool) -> int:
     try:
-        code = group.main(arguments, prog_name="dsv4tools", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        # Not group.main(): it has its own idea of what interruptions and closed pipes should look like.
+        with group.make_context("dsv4tools", arguments) as ctx:
+            group.invoke(ctx)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except click.exceptions.Exit as e:
         return e.exit_code
-    except click.ClickException as e:
+    except click.exceptions.NoArgsIsHelpError as e:
         e.show()
         return e.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _fail(Interrupted(signal.SIGINT, "interrupted", hint="nothing was left under the output's name"), debug)
-    except Dsv4Error as e:
-        return _fail(e, debug)
-    except BrokenPipeError:
-        # `dsv4tools inspect X | head`: the reader has what it wanted.
+    except (Exception, KeyboardInterrupt) as e:  # noqa: BLE001  - the last resort: even a bug of ours ends in one line
+        if debug:
+            traceback.print_exception(e)
+        ours = _as_ours(e)
+        if not isinstance(e, BrokenPipeError):   # `dsv4tools inspect X | head`: the reader has what it wanted
+            say(f"error: {ours}")
+        _drop_output()
+        return ours.exit_code
+    return 0
+
+
+def _as_ours(error: BaseException) -> Dsv4Error:
+    """`error` as a Dsv4Error: its line and its exit code."""
+    match error:
+        case Dsv4Error():
+            return error
+        case click.ClickException():
+            ctx = getattr(error, "ctx", None)
+            command = ctx.command_path if ctx is not None else "dsv4tools"
+            text = " ".join(error.format_message().split()).removesuffix(".")
+            return UsageError(command, text, hint=f"see {command} --help")
+        case click.Abort() | KeyboardInterrupt():
+            terminated = isinstance(error, _Terminated)
+            return Interrupted(signal.SIGTERM if terminated else signal.SIGINT,
+                               "terminated" if terminated else "interrupted",
+                               hint="no unfinished file has its final name")
+        case MemoryError():
+            return ResourceError("", "not enough memory", hint="use fewer --threads")
+        case OSError():
+            return ResourceError(error.filename or "input/output", error.strerror or str(error))
+    what = f"{type(error).__name__}: {error}"
+    return Dsv4Error("a bug in dsv4tools", what, hint="please report it with the output of --debug")
+
+
+def _drop_output() -> None:
+    """Leave nothing that Python would try to write at its end, where it cannot be written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 4
-    except MemoryError as e:
-        return _fail(e, debug, "out of memory; use fewer --threads", 4)
-    except OSError as e:
-        return _fail(e, debug, f"{e.filename or 'input/output'}: {e.strerror or e}", 4)
-    except Exception as e:  # noqa: BLE001  - the last resort: a bug of ours still ends in one line
-        text = f"a bug in dsv4tools: {type(e).__name__}: {e}; please report it with --debug's output"
-        return _fail(e, debug, text, 1)
-
-
-def _fail(error: BaseException, debug: bool, text: str | None = None, code: int = 1) -> int:
-    if debug:
-        import traceback  # noqa: PLC0415  - only when something went wrong
-
-        traceback.print_exception(error)
-    say(f"error: {text or error}".replace("\n", " "))
-    return error.exit_code if isinstance(error, Dsv4Error) else code

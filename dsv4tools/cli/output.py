@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv4tools.errors import EXIT_CODES
+from dsv4tools.errors import EXIT_CODES, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +21,23 @@ EPILOG = "Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXI
 
 def say(text: str) -> None:
     """A line for the person at the terminal, on stderr."""
-    with contextlib.suppress(BrokenPipeError):
-        click.echo(text, err=True)
+    with contextlib.suppress(OSError):   # nobody listens: the exit code still says it
+        click.echo(printable(text), err=True)
 
 
 def show(text: str = "") -> None:
     """A line of the result, on stdout; control characters of hostile files never reach the terminal."""
-    click.echo("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text))
+    click.echo(printable(text, keep="\t"))
 
 
 def show_json(value: dict[str, Any]) -> None:
-    """The result as JSON, on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """The result as JSON, on stdout: ASCII, so that no locale and no hostile name can break it."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
+
+
+def shell_words(*words: object) -> str:
+    """A command that a person can copy into a shell, whatever the paths in it hold."""
+    return shlex.join(str(word) for word in words)
 
 
 def show_table(rows: Sequence[Sequence[object]], *, right: str = "") -> None:
@@ -45,7 +51,7 @@ def show_table(rows: Sequence[Sequence[object]], *, right: str = "") -> None:
 
 def is_interactive() -> bool:
     """Whether a person watches stderr."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 @contextlib.contextmanager
@@ -56,7 +62,8 @@ def progress_bar(total_bytes: int, what: str) -> Iterator[Callable[[int], None]]
         return
     from tqdm import tqdm  # noqa: PLC0415  - pipes need none
 
-    with tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
+    with tqdm(total=total_bytes, desc=printable(what), unit="B", unit_scale=True, dynamic_ncols=True,
+              file=sys.stderr) as bar:
         yield bar.update
 
 

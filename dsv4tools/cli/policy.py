@@ -61,7 +61,8 @@ def show_command(name: str, as_json: bool) -> None:
     elif chosen.path is None:
         show(chosen.description)
     else:
-        show(chosen.path.read_text("utf-8-sig").rstrip("\n"))
+        for line in chosen.path.read_text("utf-8-sig").splitlines():
+            show(line)
 
 
 @policy.command("explain", epilog=EPILOG)

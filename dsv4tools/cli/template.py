@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsv4tools.cli.output import EPILOG, json_option, show, show_json
+from dsv4tools.cli.output import EPILOG, json_option, shell_words, show, show_json
 from dsv4tools.cli.planning import plan_from_options, plan_options
 from dsv4tools.sizes import format_bytes
 from dsv4tools.template_file import write_template
@@ -39,4 +39,4 @@ def template(source: Path, out: Path, sparse: bool, overwrite: bool, as_json: bo
         return
     kind = "extended as a hole" if sparse else "header only"
     show(f"wrote {out}: {len(plan.tensors)} tensors described, {format_bytes(n_bytes)}, {kind}")
-    show(f"next: dsv4tools convert {source} MODEL.gguf --template {out}")
+    show(f"next: {shell_words('dsv4tools', 'convert', source, 'MODEL.gguf', '--template', out)}")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from dsv4tools.checkpoint import Checkpoint, open_checkpoint
 from dsv4tools.errors import UsageError
-from dsv4tools.files import usable_cpus
 from dsv4tools.gguf.reader import Finding, scan_gguf
 from dsv4tools.plan import TEMPLATE_KEY
 from dsv4tools.verify.report import Report
 from dsv4tools.verify.source import compare_tensors, plan_comparison, select_tensors, view_as_in
+from dsv4tools.workers import choose_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,13 +40,14 @@ def verify(
     Raises
     ------
     UsageError
-        `tensors` without `source`, or a glob that matches nothing.
+        `tensors` without `source`, a glob that matches nothing, or `threads` out of range.
     InputError, ResourceError, VerifyError
         There is no file, or the checkpoint cannot be used.
     """
     path = Path(path)
     if tensors and source is None:
         raise UsageError("--tensor", "needs --source: it compares a tensor with the checkpoint")
+    n_threads = choose_threads(threads)
     file = scan_gguf(path)
     if not file.ok and file.value(TEMPLATE_KEY) is True:
         file.close()
@@ -61,11 +62,12 @@ def verify(
         checkpoint = view_as_in(file, checkpoint)
         names = select_tensors(file, tensors)
         if report.template:
-            report.findings.append(Finding("error", "template", str(path), "is a template: no weights to compare", None))
+            what = "is a template: no weights to compare"
+            report.findings.append(Finding("error", "template", str(path), what, None))
             return report
         planned, findings = plan_comparison(file, checkpoint, names)
         report.findings += findings
         if announce is not None:
             announce(sum(t.n_bytes for t in planned))
-        report.tensors = compare_tensors(file, checkpoint, planned, threads or usable_cpus(), progress)
+        report.tensors = compare_tensors(file, checkpoint, planned, n_threads, progress)
         return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from dsv4tools.derive import UnitDeriver
 from dsv4tools.errors import InputError, UsageError
-from dsv4tools.formats.codecs import ENCODABLE, prepare
+from dsv4tools.formats.codecs import ENCODABLE, prepare, self_test
 from dsv4tools.gguf.reader import Finding
 from dsv4tools.plan import NAN_KEY, PlannedTensor, tensor_units
 from dsv4tools.reroute import reroute
@@ -80,6 +81,7 @@ def compare_tensors(
     Raises InputError, ResourceError and VerifyError as reading and encoding the source do.
     """
     prepare({t.format.name for t in planned} - {"I32"})
+    self_test()
     zero_nan = file.value(NAN_KEY) == "zero"
 
     def make_worker(computing: threading.Semaphore) -> Callable[[Unit], tuple[int, int, str]]:
@@ -102,13 +104,14 @@ def compare_tensors(
     units = (unit for t in planned for unit in tensor_units(t))
     counts = dict.fromkeys((t.name for t in planned), 0)
     firsts: dict[str, tuple[int, str]] = {}
-    for unit, (n_different, at, text) in run_units(units, make_worker, threads):
-        name = unit.planned.name
-        counts[name] += n_different
-        if n_different and (name not in firsts or at < firsts[name][0]):
-            firsts[name] = (at, text)
-        if progress is not None:
-            progress(unit.n_bytes)
+    with closing(run_units(units, make_worker, threads)) as results:
+        for unit, (n_different, at, text) in results:
+            name = unit.planned.name
+            counts[name] += n_different
+            if n_different and (name not in firsts or at < firsts[name][0]):
+                firsts[name] = (at, text)
+            if progress is not None:
+                progress(unit.n_bytes)
     return [TensorCheck(t.name, t.format.name, t.n_bytes, counts[t.name], firsts.get(t.name, (0, ""))[1])
             for t in planned]
 

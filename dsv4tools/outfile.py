@@ -1,0 +1,149 @@
+"""Output files: what must not be written over, and files that carry their name only when they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from dsv4tools.errors import ResourceError, UsageError
+from dsv4tools.files import free_bytes, sync_directory
+from dsv4tools.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from dsv4tools.checkpoint import Checkpoint
+
+SPACE_MARGIN_BYTES = 1 << 20   # for the directory entry and the manifest
+
+
+def partial_path(path: Path) -> Path:
+    """Where the file `path` is written until it is complete: beside it, so that a rename suffices."""
+    return path.with_name(path.name + ".partial")
+
+
+def check_output(checkpoint: Checkpoint, path: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists, is an input, lies in the checkpoint's directory, or cannot be created.
+
+    Raises
+    ------
+    UsageError
+        `path` is a directory, exists without `overwrite`, or is (or would pass through) an input.
+    ResourceError
+        Its directory is missing or cannot be written to.
+    """
+    with explained(path):
+        if path.is_dir():
+            raise UsageError(path, "is a directory", hint="give the name of the output file")
+        for candidate in (path, partial_path(path)):
+            if candidate.exists() and any(candidate.samefile(shard.path) for shard in checkpoint.shards.values()):
+                raise UsageError(candidate, "is one of the inputs", hint="write elsewhere: inputs are never touched")
+        source = checkpoint.directory.resolve()
+        if path.resolve().is_relative_to(source):
+            raise UsageError(path, f"lies in the source directory {source}",
+                             hint="write elsewhere: inputs are never touched")
+        if path.exists() and not overwrite:
+            raise UsageError(path, "exists", hint="--overwrite replaces it")
+        if not path.parent.is_dir():
+            raise ResourceError(path.parent, "is no directory", hint="create it first")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise ResourceError(path.parent, "cannot be written to")
+
+
+def check_space(path: Path, n_bytes: int) -> None:
+    """ResourceError with the numbers if a file of `n_bytes` at `path` does not fit the disk.
+
+    What a killed run left in the partial file counts as free: it is written anew.
+    """
+    with explained(path.parent):
+        free = free_bytes(path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            free += partial_path(path).lstat().st_blocks * 512
+    need = n_bytes + SPACE_MARGIN_BYTES
+    if need > free:
+        raise ResourceError(path.parent, f"{format_bytes(free)} free, the output needs {format_bytes(need)}",
+                            hint="free some space or write elsewhere")
+
+
+@contextlib.contextmanager
+def complete_file(path: Path) -> Iterator[int]:
+    """An empty file open for writing: when the block ends well it is synced and gets the name `path`, else removed.
+
+    Two writers of one path exclude each other: the second gets a ResourceError and touches nothing.
+    """
+    partial = partial_path(path)
+    fd = open_alone(partial)
+    complete = False
+    try:
+        with explained(partial):
+            os.ftruncate(fd, 0)   # what an earlier, killed run left
+        yield fd
+        with explained(path):
+            os.fsync(fd)
+            partial.replace(path)
+            complete = True
+            sync_directory(path.parent)
+    finally:
+        if not complete:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        os.close(fd)
+
+
+def open_alone(path: Path) -> int:
+    """A descriptor of `path` (made if missing) that no other conversion holds; its content is untouched yet."""
+    with explained(path):
+        # NOFOLLOW: through a link of that name some other file would be emptied.
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        _lock(fd, path)
+        _check_own(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_own(fd: int, path: Path) -> None:
+    mine = os.fstat(fd)
+    if mine.st_nlink > 1:
+        raise ResourceError(path, "has a second name as a hard link", hint="remove it")
+    try:
+        same = os.path.samestat(mine, path.lstat())
+    except FileNotFoundError:
+        same = False
+    if not same:   # the other writer finished between our opening and our locking: `fd` is its complete file
+        raise ResourceError(path, "was being written by another conversion until just now", hint="try again")
+
+
+def _lock(fd: int, path: Path) -> None:
+    try:
+        import fcntl  # noqa: PLC0415  - not on every platform
+    except ImportError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ResourceError(path, "is being written by another conversion") from None
+    except OSError:
+        return   # a file system without locks
+
+
+_WHY = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file system, or a limit of this process, allows no file of this size",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors into ours."""
+    try:
+        yield
+    except OSError as e:
+        raise ResourceError(path, f"cannot be written: {_WHY.get(e.errno or 0, e.strerror or str(e))}") from None
