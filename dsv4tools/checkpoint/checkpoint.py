@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from dsv4tools.checkpoint.card import ModelCard, read_card
 from dsv4tools.checkpoint.config import Config, read_config
 from dsv4tools.checkpoint.index import open_shards
 from dsv4tools.checkpoint.vocabulary import Vocabulary, read_vocabulary
-from dsv4tools.errors import InputError
+from dsv4tools.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,10 +95,14 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         A file cannot be read.
     """
     directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
+    try:
+        is_directory = stat.S_ISDIR(directory.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):   # ValueError: a zero byte in the path
+        raise InputError(directory, "is missing") from None
+    except OSError as e:
+        raise ResourceError(directory, f"cannot be opened: {e.strerror}") from None
+    if not is_directory:
         raise InputError(directory, "is no directory", hint="give the checkpoint's directory")
-    if not directory.exists():
-        raise InputError(directory, "is missing")
     config = read_config(directory / "config.json")
     shards = open_shards(directory)
     tensors = {

@@ -6,11 +6,10 @@ A missing, mistyped or contradictory value stops with its key. Keys and meanings
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from dsv4tools.checkpoint.strict_json import read_json_object
+from dsv4tools.checkpoint.strict_json import read_json_object, shown
 from dsv4tools.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,6 +17,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
+MAX_INTEGER = (1 << 31) - 1
+# A list of all tokens is made before a tensor is looked at: a false size must not become an attack on memory.
+_AT_MOST = {"vocab_size": 1 << 22}
+# Numbers are written as float32: what that cannot hold would be written as 0 or infinity.
+_LEAST_FLOAT32, _LARGEST_FLOAT32 = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +93,11 @@ class ConfigReader:
         self.raw, self.path, self._labels = raw, path, labels or {}
 
     def fail(self, key: str, found: str, expected: str) -> InputError:
+        """The error that names `key`."""
         return InputError(f"{self.path}: key {self._labels.get(key, key)!r}", f"{found}, expected {expected}")
 
     def get(self, key: str, expected: str) -> Any:  # noqa: ANN401  - checked by the caller
+        """The value of `key`, with dots for nested keys."""
         value: Any = self.raw
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:
@@ -100,37 +106,45 @@ class ConfigReader:
         return value
 
     def integer(self, key: str, minimum: int = 1) -> int:
-        expected = f"an integer of at least {minimum}"
+        """An integer from `minimum` up."""
+        maximum = _AT_MOST.get(key, MAX_INTEGER)
+        expected = f"an integer of {minimum} to {maximum:,}"
         value = self.get(key, expected)
-        if type(value) is not int or not minimum <= value < 1 << 31:
-            raise self.fail(key, f"is {value!r}", expected)
+        if type(value) is not int or not minimum <= value <= maximum:
+            raise self.fail(key, f"is {shown(value)}", expected)
         return value
 
     def optional_integer(self, key: str, minimum: int = 0) -> int | None:
+        """An integer from `minimum` up, None where the key is absent or null."""
         return None if self.raw.get(key) is None else self.integer(key, minimum)
 
     def number(self, key: str) -> float:
-        value = self.get(key, "a positive number")
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise self.fail(key, f"is {value!r}", "a positive number")
+        """A positive number."""
+        expected = "a positive number within the range of float32"
+        value = self.get(key, expected)
+        if type(value) not in (int, float) or not _LEAST_FLOAT32 <= value <= _LARGEST_FLOAT32:
+            raise self.fail(key, f"is {shown(value)}", expected)
         return float(value)
 
     def text(self, key: str, allowed: tuple[str, ...]) -> str:
+        """One of the words `allowed`."""
         value = self.get(key, f"one of {', '.join(allowed)}")
         if value not in allowed:
-            raise self.fail(key, f"is {value!r}", f"one of {', '.join(allowed)}")
+            raise self.fail(key, f"is {shown(value)}", f"one of {', '.join(allowed)}")
         return str(value)
 
     def flag(self, key: str) -> bool:
+        """True or false."""
         value = self.get(key, "true or false")
         if type(value) is not bool:
-            raise self.fail(key, f"is {value!r}", "true or false")
+            raise self.fail(key, f"is {shown(value)}", "true or false")
         return value
 
     def integers(self, key: str) -> tuple[int, ...]:
+        """A list of non-negative integers."""
         value = self.get(key, "a list of integers")
-        if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 31 for n in value):
-            raise self.fail(key, f"is {value!r}", "a list of non-negative integers")
+        if not isinstance(value, list) or not all(type(n) is int and 0 <= n <= MAX_INTEGER for n in value):
+            raise self.fail(key, f"is {shown(value)}", "a list of non-negative integers")
         return tuple(value)
 
 
@@ -146,7 +160,7 @@ def read_config(path: Path) -> Config:
     read = ConfigReader(raw, path)
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
-        raise read.fail("architectures", f"is {architectures!r}", f"a list with {ARCHITECTURE!r}")
+        raise read.fail("architectures", f"is {shown(architectures)}", f"a list with {ARCHITECTURE!r}")
     return parse_config(read)
 
 
@@ -181,13 +195,13 @@ def _read_block_size(read: ConfigReader) -> tuple[int, int] | None:
         return None
     quantization = read.get("quantization_config", "an object")
     if not isinstance(quantization, dict):
-        raise read.fail("quantization_config", f"is {quantization!r}", "an object")
+        raise read.fail("quantization_config", f"is {shown(quantization)}", "an object")
     for key, allowed in (("quant_method", ("fp8",)), ("fmt", ("e4m3",)), ("scale_fmt", ("ue8m0",))):
         if key in quantization:
             read.text(f"quantization_config.{key}", allowed)
     size = read.integers("quantization_config.weight_block_size")
     if len(size) != 2 or min(size) < 1:
-        raise read.fail("quantization_config.weight_block_size", f"is {list(size)}", "two positive integers")
+        raise read.fail("quantization_config.weight_block_size", f"is {shown(list(size))}", "two positive integers")
     return size[0], size[1]
 
 
@@ -196,7 +210,7 @@ def _check_consistent(c: Config, read: ConfigReader) -> None:
     if n_ratios < n_layers:
         raise read.fail("compress_ratios", f"has {n_ratios} entries", f"at least num_hidden_layers = {n_layers}")
     if any(c.compress_ratios[n_layers:]):
-        raise read.fail("compress_ratios", f"has {list(c.compress_ratios[n_layers:])} behind entry {n_layers}",
+        raise read.fail("compress_ratios", f"has {shown(list(c.compress_ratios[n_layers:]))} behind entry {n_layers}",
                         f"only zeros (draft blocks) behind num_hidden_layers = {n_layers}")
     checks = (
         ("num_key_value_heads", c.num_key_value_heads, c.num_key_value_heads == 1, "1"),
@@ -213,4 +227,4 @@ def _check_consistent(c: Config, read: ConfigReader) -> None:
     )
     for key, value, good, expected in checks:
         if not good:
-            raise read.fail(key, f"is {value}", expected)
+            raise read.fail(key, f"is {shown(value)}", expected)
