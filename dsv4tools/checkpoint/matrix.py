@@ -8,7 +8,7 @@ block size of config.json; everything else is plain.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dsv4tools.checkpoint.checkpoint import SourceTensor
 
 FP4_SCALE_COLUMNS = 32
+_FP4 = ("I8", "U8", "F4")
+SCALED_DTYPES = frozenset({"F8_E4M3", *_FP4})   # what is nothing without its scale
 _PLAIN = {"F32": SourceKind.F32, "F16": SourceKind.F16, "BF16": SourceKind.BF16}
 _INTEGERS: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
 
@@ -67,12 +69,14 @@ def bind_matrix(
     if weight.dtype in _PLAIN:
         _expect(weight, shape)
         return Matrix(weight, None, _PLAIN[weight.dtype], n_rows, n_cols)
+    if weight.dtype in SCALED_DTYPES and len(shape) != 2:
+        raise InputError(weight.where, f"is a vector of {weight.dtype}, expected BF16, F16 or F32")
     if weight.dtype == "F8_E4M3":
         if fp8_block is None:
             raise InputError(weight.where, "is F8_E4M3, config.json has no quantization_config.weight_block_size")
         _expect(weight, shape)
         return Matrix(weight, _find_scale(tensors, weight, shape, fp8_block), SourceKind.FP8, n_rows, n_cols, fp8_block)
-    if weight.dtype in ("I8", "U8", "F4"):
+    if weight.dtype in _FP4:
         if n_cols % FP4_SCALE_COLUMNS:
             raise InputError(weight.where, f"is packed FP4 with {n_cols} columns, expected a multiple of 32")
         _expect(weight, shape if weight.dtype == "F4" else (*shape[:-1], n_cols // 2))
@@ -95,7 +99,7 @@ def _find_scale(
     if name not in tensors:
         raise InputError(weight.where, f"is {weight.dtype} and its scale {name!r} is missing")
     scale = tensors[name]
-    expected = (ceil(shape[0] / block[0]), ceil(shape[1] / block[1]))
+    expected = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected:
         raise InputError(scale.where, f"is {scale.dtype} {list(scale.shape)}, expected F8_E8M0 {list(expected)} "
                          f"for a weight of {list(shape)} in blocks of {list(block)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from dsv4tools.checkpoint.strict_json import read_json_object, read_small_file
@@ -114,18 +115,13 @@ def _read_added(entries: Any, path: Path) -> dict[str, tuple[Any, bool]]:  # noq
 
 
 def _assign_ids(vocab: dict[str, Any], added: dict[str, tuple[Any, bool]]) -> dict[str, int]:
-    """The id that each added token really has: that of the vocab, or else the next one behind vocab and added tokens.
+    """The id that each added token really has: that of the vocab, or else the number of tokens before it.
 
     The `tokenizers` library (AddedVocabulary, measured with 0.23) assigns ids so and does not look at the ``id`` field;
     the two differ where the file leaves a gap, and then text encoded by any user of the library has these ids.
     """
-    ids: dict[str, int] = {}
-    following = len(vocab)
-    for text in added:
-        ids[text] = vocab.get(text, following)
-        if type(ids[text]) is int:
-            following = max(following, ids[text] + 1)
-    return ids
+    following = count(len(vocab))
+    return {text: vocab[text] if text in vocab else next(following) for text in added}
 
 
 def _place_tokens(
