@@ -126,6 +126,7 @@ def describe_gguf(file: GgufFile) -> dict[str, Any]:
         entry["n_bytes"] += t.n_bytes
     architecture = file.value("general.architecture")
     n_hash = file.value(f"{architecture}.hash_layer_count")
+    experts = {"routed": "expert_count", "per_token": "expert_used_count", "shared": "expert_shared_count"}
     return {
         "kind": "gguf",
         "path": str(file.path),
@@ -133,12 +134,8 @@ def describe_gguf(file: GgufFile) -> dict[str, Any]:
         "data_offset": file.data_offset,
         "alignment": file.alignment,
         "header_only": file.template,
-        "architecture": architecture,
-        "experts": {
-            "routed": file.value(f"{architecture}.expert_count"),
-            "per_token": file.value(f"{architecture}.expert_used_count"),
-            "shared": file.value(f"{architecture}.expert_shared_count"),
-        },
+        "architecture": _describe_value(architecture),
+        "experts": {name: _describe_value(file.value(f"{architecture}.{key}")) for name, key in experts.items()},
         "hash_routed": list(range(n_hash)) if isinstance(n_hash, int) and n_hash <= len(file.tensors) else [],
         "types": types,
         "n_tensors": len(file.tensors),

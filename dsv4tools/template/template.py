@@ -109,10 +109,12 @@ def _order_tensors(derived: Template, file: GgufFile) -> tuple[TemplateTensor, .
 def _check_identity(ours: Mapping[str, KV], file: GgufFile) -> bool:
     """Refuse a file of another model; whether it brings a tokenizer."""
     architecture = ours["general.architecture"].value
-    if file.value("general.architecture") != architecture:
+    if not _agree(file.value("general.architecture"), architecture):
         raise InputError(f"{file.path}: key 'general.architecture'",
-                         f"is {file.value('general.architecture')!r}, the checkpoint is {architecture!r}")
+                         f"is {_shown(file.value('general.architecture'))}, the checkpoint is {architecture!r}")
     if "tokenizer.ggml.tokens" in file.kvs:
+        if file.kvs["tokenizer.ggml.tokens"].item_type != "str":
+            raise InputError(f"{file.path}: key 'tokenizer.ggml.tokens'", "is no list of strings")
         n_tokens, n_vocab = len(file.value("tokenizer.ggml.tokens")), len(ours["tokenizer.ggml.tokens"].value)
         if n_tokens != n_vocab:
             raise InputError(f"{file.path}: key 'tokenizer.ggml.tokens'",
@@ -147,15 +149,15 @@ def _merge_entries(derived: Template, file: GgufFile) -> tuple[list[KV], list[st
 
 
 def _agree(theirs: Any, ours: Any) -> bool:  # noqa: ANN401  - metadata values are of any type
+    theirs, ours = (v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v for v in (theirs, ours))
     if isinstance(ours, (list, tuple)):
-        if isinstance(theirs, (str, bytes, int, float, bool)):
-            return False
         # compress_ratios may stop at the last layer: the entries behind it belong to draft blocks.
-        short, long = list(theirs), list(ours)
-        return len(short) <= len(long) and not any(long[len(short):]) and all(map(_agree, short, long))
-    if isinstance(ours, float) and not isinstance(theirs, (str, bool)):
-        return bool(np.float32(theirs) == np.float32(ours))
-    return bool(isinstance(theirs, (bool, np.bool_)) == isinstance(ours, bool) and theirs == ours)
+        return (isinstance(theirs, (list, tuple)) and len(theirs) <= len(ours) and not any(ours[len(theirs):])
+                and all(map(_agree, theirs, ours)))
+    if isinstance(ours, (str, bool)) or not isinstance(theirs, (int, float)) or isinstance(theirs, bool):
+        return type(theirs) is type(ours) and bool(theirs == ours)
+    with np.errstate(over="ignore"):   # a float64 beyond float32 agrees with nothing
+        return bool(np.float32(theirs) == np.float32(ours) if isinstance(ours, float) else theirs == ours)
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401  - metadata values are of any type

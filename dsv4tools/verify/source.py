@@ -12,6 +12,7 @@ from dsv4tools.derive import UnitDeriver
 from dsv4tools.errors import InputError, UsageError
 from dsv4tools.formats.codecs import ENCODABLE, prepare, self_test
 from dsv4tools.gguf.reader import Finding
+from dsv4tools.gguf.values import encode_value
 from dsv4tools.plan import NAN_KEY, PlannedTensor, tensor_units
 from dsv4tools.reroute import reroute
 from dsv4tools.template import apply_template_file, derive_template
@@ -20,11 +21,12 @@ from dsv4tools.workers import run_units
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from dsv4tools.checkpoint import Checkpoint
     from dsv4tools.gguf.reader import GgufFile
     from dsv4tools.plan import Unit
+    from dsv4tools.template import Template
 
 
 def select_tensors(file: GgufFile, globs: Sequence[str]) -> list[str]:
@@ -39,7 +41,7 @@ def view_as_in(file: GgufFile, checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint as the file was made from it: re-routed where the file uses fewer experts per token."""
     used = file.value("deepseek4.expert_used_count")
     have = checkpoint.config.num_experts_per_tok
-    return reroute(checkpoint, used) if isinstance(used, int) and 1 <= used < have else checkpoint
+    return reroute(checkpoint, used) if type(used) is int and 1 <= used < have else checkpoint
 
 
 def plan_comparison(
@@ -54,7 +56,7 @@ def plan_comparison(
         template = apply_template_file(derived, file.path)
     except InputError as e:
         return [], [Finding("error", "source-mismatch", e.where, f"does not fit the source: {e.what}", None)]
-    findings = [Finding("warning", "source-metadata", str(file.path), note, None) for note in template.notes]
+    findings = list(_compare_entries(file, derived))
     planned = []
     for tensor in template.tensors:
         info = file.tensors[tensor.name]
@@ -70,6 +72,23 @@ def plan_comparison(
         else:
             planned.append(PlannedTensor(tensor, info.format, "", info.offset, info.n_bytes))
     return planned, findings
+
+
+def _compare_entries(file: GgufFile, derived: Template) -> Iterator[Finding]:
+    """Model and tokenizer entries that differ from the source's without contradicting its weights."""
+    for own in derived.kvs:
+        if own.key.startswith("general."):
+            continue
+        held, kind = file.kvs.get(own.key), own.item_type or own.type
+        if held is None:
+            what = f"is missing, the source gives it as {kind}"
+        elif (held.type, held.item_type) != (own.type, own.item_type):
+            what = f"has type {held.item_type or held.type}, the source gives {kind}"
+        elif own.key.startswith("tokenizer.") and encode_value(held) != encode_value(own):
+            what = "differs from the source's"
+        else:
+            continue
+        yield Finding("warning", "source-metadata", f"key {own.key!r}", what, None)
 
 
 def compare_tensors(
