@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dsv4tools.chat.protocol import TASKS
+from dsv4tools.checkpoint.strict_json import shown
 from dsv4tools.errors import InputError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
@@ -107,10 +107,10 @@ def _read_message(message: object, where: str) -> Message:
     fields = _mapping(message, where)
     role = fields.get("role")
     if role not in ROLES:
-        raise InputError(f"{where}.role", f"is {reprlib.repr(role)}, expected one of {', '.join(ROLES)}")
+        raise InputError(f"{where}.role", f"is {shown(role)}, expected one of {', '.join(ROLES)}")
     task = fields.get("task")
     if task is not None and (not isinstance(task, str) or task not in TASKS):
-        raise InputError(f"{where}.task", f"is {reprlib.repr(task)}, expected one of {', '.join(TASKS)}")
+        raise InputError(f"{where}.task", f"is {shown(task)}, expected one of {', '.join(TASKS)}")
     if role == "tool":
         return Message(role, blocks=(_read_tool_result(fields, where),))
     if role == "user":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import Any
 
+from dsv4tools.checkpoint.strict_json import shown
 from dsv4tools.errors import InputError
 
 # Keys of a request that say nothing about its prompt. Any other unknown key is an error: it may be a mistyped one.
@@ -61,7 +61,7 @@ def _check_keys(request: dict[str, Any], where: object) -> None:
         if key in {"messages", *_ON_SYSTEM, *_WITHOUT_EFFECT} or (key, value) == ("tool_choice", "auto"):
             continue
         if key in _REFUSED:
-            raise InputError(f"{where}: key {key!r}", f"is {reprlib.repr(value)}, which is not obeyed",
+            raise InputError(f"{where}: key {key!r}", f"is {shown(value)}, which is not obeyed",
                              hint=_REFUSED[key])
         raise InputError(f"{where}: key {key!r}", "is unknown", hint="remove it, or mend its spelling")
 
