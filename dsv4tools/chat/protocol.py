@@ -32,6 +32,8 @@ TASKS = {
     "read_url": "<｜read_url｜>",
 }
 
+SPECIAL_TOKENS = (BOS, EOS, USER, ASSISTANT, LATEST_REMINDER, THINK_START, THINK_END, DSML, *TASKS.values())
+
 CALLS_START, CALLS_END = f"<{DSML}tool_calls", f"</{DSML}tool_calls>"   # a tag's first line ends with ">" and a newline
 INVOKE_START, INVOKE_END = f"<{DSML}invoke", f"</{DSML}invoke"
 PARAMETER_START, PARAMETER_END = f"<{DSML}parameter", f"</{DSML}parameter"

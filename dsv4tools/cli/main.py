@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "Show what a checkpoint or GGUF holds.",
     "template": "Write a GGUF's header without its weights.",
     "policy": "List, show and explain policies.",
+    "encode": "Write a conversation as the prompt that the model reads.",
     "quickstart": "Try everything on a small checkpoint made here.",
 }
 

@@ -67,7 +67,7 @@ def check_pre_tokenizer(raw: dict[str, Any], name: str, path: Path) -> None:
                          hint=f"a GGUF with pre-tokenizer {name!r} would give other ids")
 
 
-def make_tokenizer(vocabulary: Vocabulary, pre: str, where: Path) -> Tokenizer:
+def make_tokenizer(vocabulary: Vocabulary, pre: str, path: Path) -> Tokenizer:
     """The tokenizer of a vocabulary whose tokens are distinct, cutting text by the expressions called `pre`.
 
     Added tokens are looked for before the text is cut, the leftmost and longest first. tokenizer.json can have some of
@@ -86,25 +86,25 @@ def make_tokenizer(vocabulary: Vocabulary, pre: str, where: Path) -> Tokenizer:
     ids = {token: i for i, (token, kind) in enumerate(kinds) if kind != TokenType.UNUSED}
     lacking = next((byte for byte, letter in byte_letters().items() if letter not in ids), None)
     if lacking is not None:
-        raise InputError(where, f"has no token for the byte {lacking:#04x}, expected one for each of the 256 bytes",
+        raise InputError(path, f"has no token for the byte {lacking:#04x}, expected one for each of the 256 bytes",
                          hint="text with this byte could not be encoded")
-    merges = _split_merges(vocabulary.merges, ids, where)
+    merges = _split_merges(vocabulary.merges, ids, path)
     added = [token for token, i in ids.items() if vocabulary.types[i] in (TokenType.CONTROL, TokenType.USER_DEFINED)]
     try:
         encoder = library.Tokenizer(library.models.BPE(vocab=ids, merges=merges))
         encoder.pre_tokenizer = _make_pre_tokenizer(PRE_TOKENIZERS[pre])
         encoder.add_tokens([library.AddedToken(token, normalized=False) for token in added])
     except Exception as e:  # noqa: BLE001  - the library raises no narrower class
-        raise InputError(where, f"the tokenizers library refuses its tokens: {e}") from None
-    return Tokenizer(vocabulary, encoder)
+        raise InputError(path, f"the tokenizers library refuses its tokens: {e}") from None
+    return Tokenizer(vocabulary, encoder, path)
 
 
-def _split_merges(merges: Iterable[str], ids: dict[str, int], where: Path) -> list[tuple[str, str]]:
+def _split_merges(merges: Iterable[str], ids: dict[str, int], path: Path) -> list[tuple[str, str]]:
     pairs = []
     for rank, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
         if left not in ids or right not in ids or left + right not in ids:
-            raise InputError(f"{where}: merge {rank}", f"is {shown(merge)}, expected two tokens that make a third")
+            raise InputError(f"{path}: merge {rank}", f"is {shown(merge)}, expected two tokens that make a third")
         pairs.append((left, right))
     return pairs
 

@@ -13,6 +13,7 @@ from dsv4tools.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     import tokenizers
 
@@ -38,9 +39,12 @@ class Tokenizer:
         Ids of the tokens that begin and end a sentence; None if the model names none.
     n_tokens:
         How many ids there are, unused ones included.
+    path:
+        The file it was read from.
     """
 
-    def __init__(self, vocabulary: Vocabulary, encoder: tokenizers.Tokenizer) -> None:
+    def __init__(self, vocabulary: Vocabulary, encoder: tokenizers.Tokenizer, path: Path) -> None:
+        self.path = path
         self.bos_id = vocabulary.special_ids.get("bos")
         self.eos_id = vocabulary.special_ids.get("eos")
         self.n_tokens = len(vocabulary.tokens)
@@ -83,6 +87,13 @@ class Tokenizer:
         if kind == TokenType.NORMAL and all(letter in _BYTES for letter in token):
             return bytes(_BYTES[letter] for letter in token)
         return token.encode()
+
+    def token_id(self, token: str) -> int:
+        """The id of a special token; InputError if the model has no such token."""
+        found = self._encoder.token_to_id(token)
+        if found is None or self._types[found] == TokenType.NORMAL:
+            raise InputError(self.path, f"has no special token {shown(token)}", hint="is it a DeepSeek-V4?")
+        return int(found)
 
     def stream(self) -> TextStream:
         """A decoder for ids that come one by one."""
