@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4tools.model.compressor import OVERLAPPING_RATIO, Compressor, CompressorCache
+from dsv4tools.model.compressor import OVERLAPPING_RATIO, Compressor, CompressorCache, Windows
 from dsv4tools.model.functions import rms, softmax_with_sink
 from dsv4tools.model.rope import Rope
 
@@ -41,8 +41,8 @@ class Attention:
         self.rope = Rope(config, compressed=self.ratio != 0)
         self.compressor = self.indexer = None
         if self.ratio:
-            self.compressor = Compressor(weights, config, f"blk.{layer}.attn_compressor", self.ratio, config.head_dim,
-                                         self.rope)
+            shape = Windows(self.ratio, config.head_dim)
+            self.compressor = Compressor(weights, config, f"blk.{layer}.attn_compressor", shape, self.rope)
         if self.ratio == OVERLAPPING_RATIO:
             self.indexer = Indexer(weights, config, layer, self.rope)
 
@@ -82,7 +82,8 @@ class Attention:
             b = min(S, a + block)
             low = max(0, positions[a] - c.sliding_window + 1 - first)
             chosen = index.choose(a, b, observe) if index is not None else None
-            o[a:b] = self._attend(q[a:b], positions[a:b], keys[low : positions[b - 1] + 1 - first], first + low, rows, chosen)
+            window = keys[low : positions[b - 1] + 1 - first]
+            o[a:b] = self._attend(q[a:b], positions[a:b], (window, first + low), (rows, chosen))
         o = self.rope.rotate(o, positions, inverse=True)
 
         o = o.reshape(S, c.o_groups, -1)                                                 # [S, G, H d / G]
@@ -91,13 +92,16 @@ class Attention:
         return w.matmul(f"{blk}.attn_output_b.weight", np.concatenate(z, axis=1))
 
     def _attend(
-        self, q: Floats, positions: NDArray[np.int64], keys: Floats, first: int, rows: Floats,
-        chosen: NDArray[np.int64] | None,
+        self, q: Floats, positions: NDArray[np.int64], window: tuple[Floats, int],
+        compressed: tuple[Floats, NDArray[np.int64] | None],
     ) -> Floats:
-        """Answer queries [B, H, d] at `positions` [B] from window keys [n, d], the first of them at position `first`,
-        and compressed rows [T, d]: all that are complete at the query's token, or those `chosen` [B, k] by number.
+        """Answer queries [B, H, d] at `positions` [B]; returns [B, H, d].
+
+        `window` is keys [n, d] and the position of the first; `compressed` is rows [T, d] and the numbers [B, k] of
+        those that each query may see, or None for all.
         """
-        B, H, d = q.shape
+        (keys, first), (rows, chosen) = window, compressed
+        B, d = len(q), self.config.head_dim
         scale, minus_infinity = d ** -0.5, -np.inf
         age = positions[:, None] - (first + np.arange(len(keys)))                        # [B, n]
         in_window = (age >= 0) & (age < self.config.sliding_window)
@@ -111,7 +115,8 @@ class Attention:
                 row_scores = q @ picked.swapaxes(1, 2)                                   # [B, H, k]
             visible = np.broadcast_to(numbers < n_visible, (B, row_scores.shape[2]))
             scores.append(np.where(visible[:, None, :], row_scores * scale, minus_infinity))
-        weights = softmax_with_sink(np.concatenate(scores, axis=2), self.weights.vector(f"blk.{self.layer}.attn_sinks.weight"))
+        sink = self.weights.vector(f"blk.{self.layer}.attn_sinks.weight")                # [H]
+        weights = softmax_with_sink(np.concatenate(scores, axis=2), sink)                # [B, H, n + T or k]
         n = len(keys)
         o = weights[:, :, :n] @ keys                                                     # a key is its own value
         if len(rows):
@@ -124,8 +129,8 @@ class Indexer:
 
     def __init__(self, weights: Weights, config: Config, layer: int, rope: Rope) -> None:
         self.weights, self.config, self.layer, self.rope = weights, config, layer, rope
-        self.compressor = Compressor(weights, config, f"blk.{layer}.indexer_compressor", OVERLAPPING_RATIO,
-                                     config.index_head_dim, rope)
+        shape = Windows(OVERLAPPING_RATIO, config.index_head_dim)
+        self.compressor = Compressor(weights, config, f"blk.{layer}.indexer_compressor", shape, rope)
 
     def prepare(self, x: Floats, qr: Floats, start: int, cache: CompressorCache) -> PreparedIndex | None:
         """Take in tokens `start` .. from layer inputs [S, D] and query ranks [S, q_lora].
@@ -147,7 +152,7 @@ class Indexer:
 
 @dataclass(frozen=True)
 class PreparedIndex:
-    """Index queries [S, H, width] and head weights [S, H], rows [T, width], and how many of them each token sees [S]."""
+    """Index queries [S, H, width], head weights [S, H], rows [T, width], and how many rows each token sees [S]."""
 
     q: Floats
     head_weights: Floats

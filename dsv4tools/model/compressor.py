@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 OVERLAPPING_RATIO = 4   # these windows look at the one before them too: two halves of twice as many channels
 
 
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How many tokens a row stands for, and its width."""
+
+    ratio: int
+    width: int
+
+    @property
+    def overlap(self) -> bool:
+        """Whether a row looks at the window before its own too."""
+        return self.ratio == OVERLAPPING_RATIO
+
+
 class Rows:
     """Vectors [n, width] that grow at the end; the room doubles, so that adding one costs no copy of all."""
 
@@ -59,22 +72,20 @@ class Compressor:
     `name` is ``blk.2.attn_compressor`` or ``blk.2.indexer_compressor``.
     """
 
-    def __init__(self, weights: Weights, config: Config, name: str, ratio: int, width: int, rope: Rope) -> None:
-        self.weights, self.config, self.name, self.rope = weights, config, name, rope
-        self.ratio, self.width = ratio, width
-        self.overlaps = ratio == OVERLAPPING_RATIO
+    def __init__(self, weights: Weights, config: Config, name: str, windows: Windows, rope: Rope) -> None:
+        self.weights, self.config, self.name, self.windows, self.rope = weights, config, name, windows, rope
 
     def new_cache(self) -> CompressorCache:
         """The cache before the first token."""
-        dtype, n_columns = self.weights.dtype, self.width * (2 if self.overlaps else 1)
+        dtype, windows = self.weights.dtype, self.windows
         # Before the first window there is one that has no weight.
-        n_before = self.ratio if self.overlaps else 0
+        n_before, n_columns = (windows.ratio, 2 * windows.width) if windows.overlap else (0, windows.width)
         keys = np.zeros((n_before, n_columns), dtype)
-        return CompressorCache(Rows(self.width, dtype), keys, np.full_like(keys, -np.inf))
+        return CompressorCache(Rows(windows.width, dtype), keys, np.full_like(keys, -np.inf))
 
     def extend(self, x: Floats, start: int, cache: CompressorCache) -> Floats:
         """Take in tokens `start` .. from their layer inputs `x` [S, D]; all rows that are complete now, [T, width]."""
-        w, r, d = self.weights, self.ratio, self.width
+        w, r, d = self.weights, self.windows.ratio, self.windows.width
         ape = w.vector(f"{self.name}_ape.weight")                                        # [r, columns]
         offsets = (start + np.arange(len(x))) % r
         scores = w.matmul(f"{self.name}_gate.weight", x) + ape[offsets]                  # [S, columns]
@@ -82,7 +93,7 @@ class Compressor:
         scores = np.concatenate((cache.scores, scores))
         n_windows = len(keys) // r
         K, G = (a[: n_windows * r].reshape(n_windows, r, a.shape[1]) for a in (keys, scores))   # [windows, r, columns]
-        if self.overlaps:   # slots: first half of the previous window's channels, second half of the own window's
+        if self.windows.overlap:   # slots: the previous window's first half of channels, the own window's second half
             K = np.concatenate((K[:-1, :, :d], K[1:, :, d:]), axis=1)                    # [windows - 1, 2 r, d]
             G = np.concatenate((G[:-1, :, :d], G[1:, :, d:]), axis=1)
         n_new, n_done = len(K), len(cache.rows.values)

@@ -9,18 +9,20 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Floats = NDArray[Any]   # float32 or float64, as the model was opened
+    Floats = NDArray[np.floating[Any]]   # float32 or float64, as the model was opened
 
 
 def rms(x: Floats, eps: float) -> Floats:
-    """x / sqrt(mean(x^2) + eps), the mean over the last axis."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
+    """Root mean square normalization over the last axis: x / sqrt(mean(x^2) + eps)."""
+    mean_square: Floats = np.mean(x * x, axis=-1, keepdims=True)
+    return x / np.sqrt(mean_square + x.dtype.type(eps))
 
 
 def sigmoid(x: Floats) -> Floats:
     """1 / (1 + exp(-x)), without overflow."""
-    e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1, e) / (1 + e)
+    e: Floats = np.exp(-np.abs(x))
+    numerator: Floats = np.where(x >= 0, 1, e)
+    return numerator / (1 + e)
 
 
 def clamped_swiglu(gate: Floats, up: Floats, limit: float) -> Floats:
@@ -36,11 +38,13 @@ def softmax_with_sink(scores: Floats, sink: Floats) -> Floats:
     """Softmax over the last axis of `scores` [S, H, n], whose denominator has one more term: exp(sink[h])."""
     sink = np.broadcast_to(sink[:, None], (*scores.shape[:-1], 1))
     largest = np.maximum(scores.max(axis=-1, keepdims=True), sink)
-    weights = np.exp(scores - largest)
-    return weights / (weights.sum(axis=-1, keepdims=True) + np.exp(sink - largest))
+    weights: Floats = np.exp(scores - largest)
+    total: Floats = weights.sum(axis=-1, keepdims=True) + np.exp(sink - largest)
+    return weights / total
 
 
 def softmax(scores: Floats, axis: int) -> Floats:
     """Softmax along `axis`; a score of minus infinity has weight 0."""
-    weights = np.exp(scores - scores.max(axis=axis, keepdims=True))
-    return weights / weights.sum(axis=axis, keepdims=True)
+    weights: Floats = np.exp(scores - scores.max(axis=axis, keepdims=True))
+    total: Floats = weights.sum(axis=axis, keepdims=True)
+    return weights / total

@@ -1,4 +1,4 @@
-"""The structural values of a GGUF, as the Config that a checkpoint has: the template's metadata table read backwards."""
+"""The structural values of a GGUF, as the Config of a checkpoint: the template's metadata table read backwards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def read_gguf_config(file: GgufFile) -> Config:
     prefix = f"{tables.architecture}."
     architecture = file.value("general.architecture")
     if architecture != tables.architecture:
-        raise InputError(f"{file.path}: key 'general.architecture'", f"is {architecture!r}, expected {tables.architecture!r}")
+        raise InputError(f"{file.path}: key 'general.architecture'",
+                         f"is {architecture!r}, expected {tables.architecture!r}")
     raw: dict[str, Any] = {}
     labels: dict[str, str] = {}
     for row in tables.metadata:
@@ -85,4 +86,5 @@ def _check_symbols(config: Config, file: GgufFile, prefix: str) -> None:
     for row in load_tables().metadata:
         found = file.value(prefix + row.key) if row.symbol else None
         if row.symbol and found is not None and found != sizes[row.symbol]:
-            raise InputError(f"{file.path}: key {prefix + row.key!r}", f"is {found}, the other keys imply {sizes[row.symbol]}")
+            raise InputError(f"{file.path}: key {prefix + row.key!r}",
+                             f"is {found}, the other keys imply {sizes[row.symbol]}")

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class HyperConnection:
     """What surrounds attention and MoE: streams [S, n, D] -> one vector per token -> streams.
 
-    `name` is ``blk.3.hc_attn`` or alike; its tensors are ``_fn`` [(2 + n) n, n D], ``_scale`` [3], ``_base`` [(2 + n) n].
+    `name` is ``blk.3.hc_attn`` or alike; its tensors are ``_fn`` [(2 + n) n, n D], ``_scale`` [3] and
+    ``_base`` [(2 + n) n].
     """
 
     def __init__(self, weights: Weights, config: Config, name: str) -> None:
@@ -30,10 +31,11 @@ class HyperConnection:
         pre, post, C = self.mix(X)
         y = inner(np.einsum("si,sid->sd", pre, X))
         # Stream k takes from stream j what C[j, k] says: the sum runs over the first index.
-        return post[:, :, None] * y[:, None, :] + np.einsum("sjk,sjd->skd", C, X)
+        mixed: Floats = np.einsum("sjk,sjd->skd", C, X)
+        return post[:, :, None] * y[:, None, :] + mixed
 
     def mix(self, X: Floats) -> tuple[Floats, Floats, Floats]:
-        """pre [S, n], post [S, n] and the stream mixing matrix [S, n, n] of each token."""
+        """Of each token: pre [S, n], post [S, n] and the matrix that mixes the streams [S, n, n]."""
         n, eps = self.config.hc_mult, self.config.hc_eps
         m = project(self.weights, self.config, self.name, X)                              # [S, (2 + n) n]
         scale, base = self.weights.vector(f"{self.name}_scale.weight"), self.weights.vector(f"{self.name}_base.weight")
@@ -48,11 +50,11 @@ def sinkhorn(Z: Floats, n_iterations: int, eps: float) -> Floats:
 
     `n_iterations` counts the column steps; the first row step is the softmax, and the last step is one of columns.
     """
-    C = softmax(Z, axis=2) + eps
-    C = C / (C.sum(axis=1, keepdims=True) + eps)
+    C: Floats = softmax(Z, axis=2) + eps
+    C /= C.sum(axis=1, keepdims=True) + eps
     for _ in range(n_iterations - 1):
-        C = C / (C.sum(axis=2, keepdims=True) + eps)
-        C = C / (C.sum(axis=1, keepdims=True) + eps)
+        C /= C.sum(axis=2, keepdims=True) + eps
+        C /= C.sum(axis=1, keepdims=True) + eps
     return C
 
 
@@ -60,7 +62,8 @@ def merge_streams(weights: Weights, config: Config, X: Floats) -> Floats:
     """The streams [S, n, D] as one vector per token [S, D], before the output head."""
     m = project(weights, config, "output_hc", X)                                          # [S, n]
     scale, base = weights.vector("output_hc_scale.weight"), weights.vector("output_hc_base.weight")
-    return np.einsum("si,sid->sd", sigmoid(m * scale[0] + base) + config.hc_eps, X)
+    merged: Floats = np.einsum("si,sid->sd", sigmoid(m * scale[0] + base) + config.hc_eps, X)
+    return merged
 
 
 def project(weights: Weights, config: Config, name: str, X: Floats) -> Floats:

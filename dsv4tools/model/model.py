@@ -7,18 +7,18 @@ each engine does differently, is not imitated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from dsv4tools.errors import InputError, UsageError
+from dsv4tools.errors import UsageError
 from dsv4tools.model.attention import Attention, AttentionCache
 from dsv4tools.model.functions import rms
 from dsv4tools.model.hyper import HyperConnection, merge_streams
 from dsv4tools.model.moe import MoE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -66,6 +66,16 @@ class Model:
         self.weights, self.config = weights, weights.config
         self.layers = [Layer(weights, self.config, layer) for layer in range(self.config.num_hidden_layers)]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give threads and files back."""
+        self.weights.close()
+
     def new_cache(self) -> Cache:
         """The state before the first token."""
         return Cache(0, [layer.attention.new_cache() for layer in self.layers])
@@ -98,7 +108,10 @@ class Model:
     def run(
         self, tokens: ArrayLike, *, chunk: int = CHUNK, observe: Observer | None = None
     ) -> Iterator[Floats]:
-        """Logits of a whole prompt, `chunk` tokens at a time: arrays [<= chunk, vocab]. Memory does not grow with S^2."""
+        """Logits of a whole prompt, `chunk` tokens at a time: arrays [<= chunk, vocab].
+
+        Nothing of the size S x S is built. Raises what `forward` does.
+        """
         ids = self._check_tokens(tokens)
         cache = self.new_cache()
         for first in range(0, len(ids), chunk):
@@ -115,5 +128,6 @@ class Model:
             raise UsageError("tokens", f"found {ids.dtype} {list(ids.shape)}, expected a list of one or more ids")
         bad = np.flatnonzero((ids < 0) | (ids >= self.config.vocab_size))
         if len(bad):
-            raise UsageError("tokens", f"id {ids[bad[0]]} at position {bad[0]}, expected 0 to {self.config.vocab_size - 1}")
+            raise UsageError("tokens", f"id {ids[bad[0]]} at position {bad[0]}, expected 0 to "
+                             f"{self.config.vocab_size - 1}")
         return ids.astype(np.int64)

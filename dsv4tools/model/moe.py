@@ -9,6 +9,8 @@ import numpy as np
 from dsv4tools.model.functions import clamped_swiglu, sigmoid, softmax
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from dsv4tools.checkpoint import Config
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from dsv4tools.model.weights import Weights
 
 # config.json's scoring_func -> the score of each expert from the router's output [S, E].
-SCORES = {
+SCORES: dict[str, Callable[[Floats], Floats]] = {
     "sqrtsoftplus": lambda m: np.sqrt(np.logaddexp(m, 0)),
     "sigmoid": sigmoid,
     "softmax": lambda m: softmax(m, axis=1),
@@ -37,9 +39,9 @@ class MoE:
         gate, up = (w.matmul(f"{blk}.ffn_{name}_shexp.weight", x) for name in ("gate", "up"))
         y = w.matmul(f"{blk}.ffn_down_shexp.weight", clamped_swiglu(gate, up, limit))
         for expert in np.unique(experts):
-            token, slot = np.nonzero(experts == expert)
-            # An id twice in one row (a damaged table) must count twice.
-            np.add.at(y, token, shares[token, slot][:, None] * self._expert(int(expert), x[token]))
+            share = np.where(experts == expert, shares, 0).sum(axis=1)                   # [S]
+            chosen = np.flatnonzero(share)
+            y[chosen] += share[chosen, None] * self._expert(int(expert), x[chosen])
         return y
 
     def route(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsv4tools.checkpoint import Checkpoint, open_checkpoint
-from dsv4tools.checkpoint.matrix import RowReader
 from dsv4tools.errors import InputError, UsageError
-from dsv4tools.formats.codecs import DECODABLE, decode_rows, decode_source
+from dsv4tools.formats.codecs import DECODABLE
 from dsv4tools.gguf.reader import open_gguf
 from dsv4tools.model.gguf_config import read_gguf_config
 from dsv4tools.model.model import Model
+from dsv4tools.model.stored import CheckpointTensor, GgufTensor
 from dsv4tools.model.weights import Weights
 from dsv4tools.plan import TEMPLATE_KEY
 from dsv4tools.reroute import reroute
@@ -22,24 +21,20 @@ from dsv4tools.template.tables import load_tables
 from dsv4tools.template.tensors import derive_tensors, expand_rows
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from dsv4tools.gguf.header import TensorInfo
+    from dsv4tools.checkpoint import Config
     from dsv4tools.gguf.reader import GgufFile
-    from dsv4tools.model.weights import Buffers
-    from dsv4tools.template.tensors import TemplateTensor
 
 
 def open_model(
     source: str | Path | Checkpoint, *, experts_per_token: int | None = None,
     dtype: type[np.floating[Any]] = np.float32, threads: int | None = None,
 ) -> Model:
-    """Open a model to run: headers are read and checked, no weights.
+    """Open a model to run: headers are read and checked, no weights. Close it, or use it as a context manager.
 
     Parameters
     ----------
     source:
-        A checkpoint (directory, or opened, or a re-routed view), or a GGUF file.
+        A checkpoint (directory, opened, or a re-routed view of one), or a GGUF file.
     experts_per_token:
         Route each token to fewer experts than the checkpoint does.
     dtype:
@@ -54,37 +49,49 @@ def open_model(
     UsageError
         `experts_per_token` for a GGUF, or more than the checkpoint has.
     """
-    if isinstance(source, Checkpoint) or Path(source).is_dir():
-        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if isinstance(source, Checkpoint):
+        checkpoint = source
+    elif Path(source).is_dir():
+        checkpoint = open_checkpoint(source)
+    else:
         if experts_per_token is not None:
-            checkpoint = reroute(checkpoint, experts_per_token)
-        tensors, _ = derive_tensors(checkpoint, load_tables())
-        stored = {t.name: CheckpointTensor(t) for t in tensors}
-        return Model(Weights(_supported(checkpoint.config, checkpoint.directory), stored, dtype=dtype, threads=threads))
+            raise UsageError("--experts-per-token", "is for checkpoints: a GGUF is made for one number of experts",
+                             hint="re-route the GGUF, or give the checkpoint")
+        return _open_gguf_model(Path(source), dtype, threads)
     if experts_per_token is not None:
-        raise UsageError("--experts-per-token", "is for checkpoints: a GGUF has its number of experts in its tables",
-                         hint="re-route the GGUF first, or use the checkpoint")
-    file = open_gguf(source, template=True)
+        checkpoint = reroute(checkpoint, experts_per_token)
+    _check_supported(checkpoint.config, checkpoint.directory)
+    tensors, _ = derive_tensors(checkpoint, load_tables())
+    stored = {t.name: CheckpointTensor(t) for t in tensors}
+    return Model(Weights(checkpoint.config, stored, dtype=dtype, threads=threads))
+
+
+def _open_gguf_model(path: Path, dtype: type[np.floating[Any]], threads: int | None) -> Model:
+    file = open_gguf(path, template=True)
     try:
-        if file.template or file.value(TEMPLATE_KEY) is True:
-            raise InputError(file.path, "is a template: it holds no weights", hint="convert the checkpoint first")
-        config = _supported(read_gguf_config(file), file.path)
-        return Model(Weights(config, gguf_tensors(file, config), dtype=dtype, threads=threads, close=file.close))
+        _check_weights(file)
+        config = read_gguf_config(file)
+        _check_supported(config, path)
+        return Model(Weights(config, bind_tensors(file, config), dtype=dtype, threads=threads, close=file.close))
     except BaseException:
         file.close()
         raise
 
 
-def _supported(config: Any, where: object) -> Any:
+def _check_weights(file: GgufFile) -> None:
+    if file.template or file.value(TEMPLATE_KEY) is True:
+        raise InputError(file.path, "is a template: it holds no weights", hint="convert the checkpoint first")
+
+
+def _check_supported(config: Config, where: object) -> None:
     if (config.n_group or 0) > 1:
-        raise InputError(where, f"routes within {config.n_group} groups of experts, expected one", hint="no DeepSeek-V4 does")
-    return config
+        raise InputError(where, f"routes within {config.n_group} groups of experts, expected none",
+                         hint="no DeepSeek-V4 does, and no engine would")
 
 
-def gguf_tensors(file: GgufFile, config: Any) -> dict[str, GgufTensor]:
-    """The tensors that a model of `config` needs, checked against it."""
-    missing, problems = [], []
-    found = {}
+def bind_tensors(file: GgufFile, config: Config) -> dict[str, GgufTensor]:
+    """The tensors that a model of `config` needs; InputError lists all that are missing, misshapen or undecodable."""
+    missing, problems, found = [], [], {}
     for row, layer, shape in expand_rows(config, load_tables()):
         name = row.name.format(layer=layer)
         info = file.tensors.get(name)
@@ -95,7 +102,7 @@ def gguf_tensors(file: GgufFile, config: Any) -> dict[str, GgufTensor]:
         if info.ne != shape[::-1]:
             problems.append(f"tensor {name} is {list(info.ne)}, the metadata imply {list(shape[::-1])}")
         elif info.format.name not in allowed:
-            problems.append(f"tensor {name} is {info.format.name}, which cannot be used here (expected {', '.join(sorted(allowed))})")
+            problems.append(f"tensor {name} is {info.format.name}, expected {', '.join(sorted(allowed))}")
         else:
             found[name] = GgufTensor(file, info)
     if missing:
@@ -103,77 +110,3 @@ def gguf_tensors(file: GgufFile, config: Any) -> dict[str, GgufTensor]:
     if problems:
         raise InputError(file.path, "; ".join(problems))
     return found
-
-
-class GgufTensor:
-    """A tensor of a GGUF."""
-
-    def __init__(self, file: GgufFile, info: TensorInfo) -> None:
-        self._file, self._info = file, info
-        self.shape = info.ne[::-1]
-        self.n_rows, self.n_cols = prod(self.shape[:-1]), self.shape[-1]
-        self._row_bytes = info.format.row_bytes(self.n_cols, info.name)
-
-    def _read(self, first: int, n: int, buffers: Buffers) -> NDArray[np.uint8]:
-        data = buffers.take("data", n * self._row_bytes, np.uint8)
-        self._file.read_tensor_into(self._info.name, data, first * self._row_bytes)
-        buffers.n_bytes_read[self._info.name] += len(data)
-        return data
-
-    def decode(self, first: int, n: int, buffers: Buffers) -> NDArray[np.float32]:
-        """See StoredTensor."""
-        data = self._read(first, n, buffers)
-        tile = buffers.take("tile", n * self.n_cols, np.float32).reshape(n, self.n_cols)
-        decode_rows(data, self._info.format, n, self.n_cols, tile)
-        return tile
-
-    def product(self, first: int, n: int, x: NDArray[np.float32], out: NDArray[np.float32], buffers: Buffers) -> bool:
-        """See StoredTensor."""
-        return False
-
-    def ids(self, row: int, buffers: Buffers) -> NDArray[np.int32]:
-        """See StoredTensor."""
-        return self._read(row, 1, buffers).view("<i4")
-
-    def where(self, row: int) -> str:
-        """See StoredTensor."""
-        place = f"row {row}"
-        if len(self.shape) == 3:
-            place = "expert {} row {}".format(*divmod(row, self.shape[1]))
-        return f"{self._file.path}: tensor {self._info.name}: {place}"
-
-
-class CheckpointTensor:
-    """A tensor as a GGUF has it, put together from the matrices of a checkpoint."""
-
-    def __init__(self, tensor: TemplateTensor) -> None:
-        self._sources = tensor.sources
-        self.shape = tensor.ne[::-1]
-        self.n_rows, self.n_cols = prod(self.shape[:-1]), self.shape[-1]
-        self._rows_each = self.n_rows // len(self._sources)
-
-    def decode(self, first: int, n: int, buffers: Buffers) -> NDArray[np.float32]:
-        """See StoredTensor."""
-        tile = buffers.take("tile", n * self.n_cols, np.float32).reshape(n, self.n_cols)
-        done = 0
-        while done < n:
-            number, row = divmod(first + done, self._rows_each)
-            m = min(n - done, self._rows_each - row)
-            matrix = self._sources[number]
-            decode_source(buffers.reader.read_rows(matrix, row, m), tile[done : done + m])
-            buffers.n_bytes_read[matrix.weight.name] += m * matrix.n_bytes // matrix.n_rows
-            done += m
-        return tile
-
-    def product(self, first: int, n: int, x: NDArray[np.float32], out: NDArray[np.float32], buffers: Buffers) -> bool:
-        """See StoredTensor."""
-        return False
-
-    def ids(self, row: int, buffers: Buffers) -> NDArray[np.int32]:
-        """See StoredTensor."""
-        return buffers.reader.read_ids(self._sources[0], row, 1, 1 << 31)[0]
-
-    def where(self, row: int) -> str:
-        """See StoredTensor."""
-        number, row = divmod(row, self._rows_each)
-        return f"{self._sources[number].weight.where}: row {row}"

@@ -24,7 +24,7 @@ class Rope:
         self.frequencies = yarn_frequencies(config) if compressed else plain_frequencies(config)   # [R/2]
 
     def rotate(self, x: NDArray[Any], positions: NDArray[np.int64], *, inverse: bool = False) -> NDArray[Any]:
-        """Rotate the last R channels of `x` [S, ..., d] by the angles of `positions` [S]; adjacent channels are a pair."""
+        """Rotate the last R channels of `x` [S, ..., d], pairs of neighbours, by the angles of `positions` [S]."""
         angles = positions.astype(np.float32)[:, None] * self.frequencies                        # [S, R/2]
         angles = angles.astype(x.dtype).reshape(len(x), *[1] * (x.ndim - 2), -1)                 # [S, 1.., R/2]
         cos, sin = np.cos(angles), np.sin(-angles if inverse else angles)
@@ -37,7 +37,7 @@ class Rope:
 
 
 def plain_frequencies(config: Config) -> NDArray[np.float32]:
-    """theta ** (-2i / R) for the layers that only see their window, float32 [R/2]."""
+    """Those of the layers that only see their window, theta ** (-2i / R): float32 [R/2]."""
     return _geometric(config.rope_theta, config.qk_rope_head_dim)
 
 
@@ -63,4 +63,5 @@ def yarn_frequencies(config: Config) -> NDArray[np.float32]:
 
 def _geometric(theta: float, n: int) -> NDArray[np.float32]:
     exponents = np.arange(0, n, 2, dtype=np.float32) / np.float32(n)
-    return np.float32(1) / np.float32(theta) ** exponents
+    frequencies: NDArray[np.float32] = np.float32(1) / np.float32(theta) ** exponents
+    return frequencies

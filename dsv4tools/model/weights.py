@@ -8,13 +8,14 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4tools.checkpoint.matrix import RowReader
 from dsv4tools.errors import InputError
 from dsv4tools.files import usable_cpus
+from dsv4tools.formats.products import multiply_tile
+from dsv4tools.model.stored import Buffers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,48 +24,10 @@ if TYPE_CHECKING:
 
     from dsv4tools.checkpoint import Config
     from dsv4tools.model.functions import Floats
+    from dsv4tools.model.stored import StoredTensor
 
 TILE_VALUES = 1 << 17       # decoded weights of a tile: 512 KiB of float32, which stay in a core's cache
-MIN_SHARE_VALUES = 1 << 16  # a thread that gets fewer weights than this is not worth waking
-
-
-class Buffers:
-    """What one thread decodes into, used again and again, and how many stored bytes it has read of each tensor."""
-
-    def __init__(self) -> None:
-        self._room: dict[str, NDArray[Any]] = {}
-        self.reader = RowReader()
-        self.n_bytes_read: Counter[str] = Counter()
-
-    def take(self, name: str, n: int, dtype: type[np.generic]) -> NDArray[Any]:
-        """An array [n] whose content is undefined; the previous one of this name is no longer valid."""
-        room = self._room.get(name)
-        if room is None or len(room) < n:
-            room = self._room[name] = np.empty(n, dtype)
-        return room[:n]
-
-
-class StoredTensor(Protocol):
-    """A tensor in a file, as rows: those of all experts, or of all leading dimensions, one after the other."""
-
-    shape: tuple[int, ...]
-    n_rows: int
-    n_cols: int
-
-    def decode(self, first: int, n: int, buffers: Buffers) -> NDArray[np.float32]:
-        """Rows `first` .. ``first + n - 1`` as float32 [n, n_cols], valid until the next call with these buffers."""
-
-    def product(self, first: int, n: int, x: NDArray[np.float32], out: NDArray[np.float32], buffers: Buffers) -> bool:
-        """Put the rows' products with a float32 vector `x` into `out` [n] without decoding them to memory.
-
-        False, and nothing done, where the format has no kernel for that.
-        """
-
-    def ids(self, row: int, buffers: Buffers) -> NDArray[np.int32]:
-        """One row of a table of integers."""
-
-    def where(self, row: int) -> str:
-        """What messages call a row: file, tensor, row."""
+MIN_SHARE_VALUES = 1 << 18  # a thread that gets fewer weights than this is not worth waking
 
 
 class Weights:
@@ -128,7 +91,8 @@ class Weights:
             out[i] = t.ids(int(row), self._buffers())
             bad = np.flatnonzero((out[i] < 0) | (out[i] >= limit))
             if len(bad):
-                raise InputError(t.where(int(row)), f"column {bad[0]} is expert {out[i, bad[0]]}, expected 0 to {limit - 1}")
+                raise InputError(t.where(int(row)), f"column {bad[0]} routes to expert {out[i, bad[0]]}, expected 0 to "
+                                 f"{limit - 1}")
         return out
 
     def matmul(self, name: str, x: Floats, rows: tuple[int, int] | None = None) -> Floats:
@@ -161,13 +125,17 @@ class Weights:
     def _multiply(self, t: StoredTensor, x: Floats, first: int, stop: int, out: Floats) -> None:
         """One thread's share of a product: ``out[:, i] = x @ row (first + i)``."""
         buffers = self._buffers()
+        if len(x) == 1 and x.dtype == np.float32 and t.product(first, stop - first, x[0], out[0], buffers):
+            return
         step = max(1, TILE_VALUES // t.n_cols)
         for a in range(first, stop, step):
             b = min(a + step, stop)
-            if len(x) == 1 and x.dtype == np.float32 and t.product(a, b - a, x[0], out[0, a - first : b - first], buffers):
-                continue
             tile = t.decode(a, b - a, buffers)
-            np.matmul(x, tile.astype(self.dtype, copy=False).T, out=out[:, a - first : b - first])
+            part = out[:, a - first : b - first]
+            if x.dtype == np.float32:
+                multiply_tile(tile, x, part)
+            else:
+                np.matmul(x, tile.astype(self.dtype).T, out=part)
 
     def _buffers(self) -> Buffers:
         mine: Buffers | None = getattr(self._local, "buffers", None)
