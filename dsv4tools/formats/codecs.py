@@ -128,7 +128,7 @@ def encode_rows(
     expected = source.n_rows * target.row_bytes(source.n_cols)
     if out.dtype != np.uint8 or out.shape != (expected,) or not out.flags.c_contiguous:
         raise InputError("out", f"found {_describe(out)}, expected contiguous uint8 [{expected}]")
-    weights = _check_importance(importance, source.n_cols) if target.name in USES_IMPORTANCE else _NO_IMPORTANCE
+    weights = _check_importance(importance, source.n_cols, target)
     if not expected:
         return Faults()
     slots = np.zeros(_N_FAULT_SLOTS, np.int64)
@@ -219,7 +219,7 @@ def quantize(
         raise InputError("x", f"found {_describe(x)}, expected float32 [..., n]")
     n_cols = x.shape[-1]
     row_bytes = target.row_bytes(n_cols, "x")
-    weights = _check_importance(importance, n_cols) if target.name in USES_IMPORTANCE else _NO_IMPORTANCE
+    weights = _check_importance(importance, n_cols, target)
     rows = np.ascontiguousarray(x).reshape(-1, n_cols) if x.size else np.zeros((0, n_cols), np.float32)
     out = np.zeros((len(rows), row_bytes), np.uint8)
 
@@ -312,7 +312,10 @@ def _scales(source: SourceRows) -> NDArray[np.uint8]:
     return _NO_SCALES if source.scales is None else np.ascontiguousarray(source.scales)
 
 
-def _check_importance(importance: NDArray[np.float32] | None, n_cols: int) -> NDArray[np.float32]:
+def _check_importance(
+    importance: NDArray[np.float32] | None, n_cols: int, target: Format
+) -> NDArray[np.float32]:
+    """What the kernel gets, after checking what the caller gave, even where the format ignores it."""
     if importance is None:
         return _NO_IMPORTANCE
     if importance.dtype != np.float32 or importance.shape != (n_cols,):
@@ -321,7 +324,7 @@ def _check_importance(importance: NDArray[np.float32] | None, n_cols: int) -> ND
     if not allowed.all():
         i = int(np.argmin(allowed))
         raise InputError(f"importance[{i}]", f"found {importance[i]}, expected a finite number >= 0")
-    return np.ascontiguousarray(importance)
+    return np.ascontiguousarray(importance) if target.name in USES_IMPORTANCE else _NO_IMPORTANCE
 
 
 def _check_floats(out: NDArray[np.float32], shape: tuple[int, int]) -> None:

@@ -119,7 +119,7 @@ def is_loaded(module: str) -> bool:
 
 def needs_compile(modules: Iterable[str]) -> bool:
     """Whether `load` would have to compile one of `modules` (it takes seconds), rather than load it (it takes none)."""
-    return any(not is_loaded(module) and not (_entry_of(module) / _MANIFEST).is_file() for module in modules)
+    return any(not is_loaded(module) and not _is_built(_entry_of(module)) for module in modules)
 
 
 def cache_root() -> Path:
@@ -128,9 +128,13 @@ def cache_root() -> Path:
 
     if numba.config.CACHE_DIR:
         return Path(numba.config.CACHE_DIR) / "dsv4tools"
+    try:
+        home = Path.home()
+    except RuntimeError:   # a user whom the system does not know, as in some containers
+        home = Path(os.devnull)   # nothing can be written below it, which is noticed later
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "dsv4tools" / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4tools" / "kernels"
+        return home / "Library" / "Caches" / "dsv4tools" / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "dsv4tools" / "kernels"
 
 
 @cache
@@ -219,15 +223,21 @@ def _write_manifest(entry: Path) -> None:
     (entry / _MANIFEST).write_text(json.dumps(_files(entry)), encoding="utf-8")
 
 
+def _is_built(entry: Path) -> bool:
+    """Whether an entry is there, in whatever state."""
+    try:
+        return (entry / _MANIFEST).exists()
+    except OSError:   # a directory that may not be looked into
+        return False
+
+
 def _is_intact(entry: Path) -> bool:
     """Whether `entry` is complete and unchanged since it was built; a damaged one is removed."""
     try:
-        manifest = (entry / _MANIFEST).read_bytes()
-        if json.loads(manifest) == _files(entry):
-            return True
-    except FileNotFoundError:
         if not entry.exists():
             return False
+        if json.loads((entry / _MANIFEST).read_bytes()) == _files(entry):
+            return True
     except (OSError, ValueError):
         pass
     log.warning("compiling %s again: its cache entry %s is damaged", entry.name, entry)
