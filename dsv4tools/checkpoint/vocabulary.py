@@ -12,7 +12,7 @@ from enum import IntEnum
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from dsv4tools.checkpoint.strict_json import read_json_object, read_small_file
+from dsv4tools.checkpoint.strict_json import read_json_object, read_small_file, shown
 from dsv4tools.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,17 +88,17 @@ def read_vocabulary(directory: Path, vocab_size: int) -> Vocabulary:
 
 def _check_text(text: Any, what: str, path: Path) -> str:  # noqa: ANN401  - unchecked JSON
     if not isinstance(text, str) or not text:
-        raise InputError(path, f"{what} is {text!r}, expected text")
+        raise InputError(path, f"{what} is {shown(text)}, expected text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError(path, f"{what} {text!r} is not valid Unicode") from None
+        raise InputError(path, f"{what} {shown(text)} is not valid Unicode") from None
     return text
 
 
 def _check_id(value: Any, what: str, limit: int, path: Path) -> int:  # noqa: ANN401  - unchecked JSON
     if type(value) is not int or not 0 <= value < limit:
-        raise InputError(path, f"{what} has id {value!r}, expected 0 to {limit - 1} (config.json's vocab_size)")
+        raise InputError(path, f"{what} has id {shown(value)}, expected 0 to {limit - 1} (config.json's vocab_size)")
     return value
 
 
@@ -109,7 +109,7 @@ def _read_added(entries: Any, path: Path) -> dict[str, tuple[Any, bool]]:  # noq
     for entry in entries:
         text = _check_text(entry.get("content"), "an added token", path)
         if text in added:
-            raise InputError(path, f"added token {text!r} appears twice")
+            raise InputError(path, f"added token {shown(text)} appears twice")
         added[text] = (entry.get("id"), entry.get("special") is True)
     return added
 
@@ -130,20 +130,20 @@ def _place_tokens(
     tokens: list[str | None] = [None] * vocab_size
     for text, token_id in [*vocab.items(), *_assign_ids(vocab, added).items()]:
         _check_text(text, "a token", path)
-        at = _check_id(token_id, f"token {text!r}", vocab_size, path)
+        at = _check_id(token_id, f"token {shown(text)}", vocab_size, path)
         if tokens[at] not in (None, text):
-            raise InputError(path, f"id {at} belongs to {tokens[at]!r} and to {text!r}")
+            raise InputError(path, f"id {at} belongs to {shown(tokens[at])} and to {shown(text)}")
         tokens[at] = text
     for text, (declared, _) in added.items():
-        _check_id(declared, f"added token {text!r}", vocab_size, path)
+        _check_id(declared, f"added token {shown(text)}", vocab_size, path)
         if vocab.get(text, declared) != declared:
-            raise InputError(path, f"token {text!r} has id {vocab[text]} in the vocab, "
+            raise InputError(path, f"token {shown(text)} has id {vocab[text]} in the vocab, "
                              f"{declared} among the added tokens")
     present = set(tokens)
     placed = [f"[PAD{i}]" if t is None else t for i, t in enumerate(tokens)]
     clash = next((p for p, t in zip(placed, tokens, strict=True) if t is None and p in present), None)
     if clash:
-        raise InputError(path, f"token {clash!r} has the name that fills an unused id")
+        raise InputError(path, f"token {shown(clash)} has the name that fills an unused id")
     return placed, [_token_type(t, added) for t in tokens]
 
 
@@ -163,10 +163,10 @@ def _read_merges(raw: Any, ids: dict[str, int], path: Path) -> list[str]:  # noq
     for rank, merge in enumerate(raw):
         pair = merge.split(" ") if isinstance(merge, str) else merge   # the older form is one string, the newer a pair
         if not isinstance(pair, list) or len(pair) != 2:
-            raise InputError(f"{path}: merge {rank}", f"is {merge!r}, expected two tokens")
+            raise InputError(f"{path}: merge {rank}", f"is {shown(merge)}, expected two tokens")
         left, right = (_check_text(part, f"merge {rank}", path) for part in pair)
         if left + right not in ids:
-            raise InputError(f"{path}: merge {rank}", f"makes {left + right!r}, which is no token")
+            raise InputError(f"{path}: merge {rank}", f"makes {shown(left + right)}, which is no token")
         # A GGUF joins the two by one space; inside a part a space is written as byte-level BPE writes it.
         merges.append(f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}")
     return merges
@@ -182,7 +182,7 @@ def _read_special_ids(
         text = entry.get("content") if isinstance(entry, dict) else entry
         if text is not None:
             if not isinstance(text, str) or text not in ids:
-                raise InputError(f"{path}: key {key!r}", f"is {text!r}, which is no token of tokenizer.json")
+                raise InputError(f"{path}: key {key!r}", f"is {shown(text)}, which is no token of tokenizer.json")
             found[name] = ids[text]
     missing = [name for name in ("bos", "eos", "padding") if name not in found]
     model_config = read_json_object(directory / "config.json") if missing else {}
@@ -196,15 +196,15 @@ def _read_special_ids(
 def _read_flag(config: dict[str, Any], key: str, path: Path) -> bool:
     value = config.get(key, False)
     if value is not None and type(value) is not bool:
-        raise InputError(f"{path}: key {key!r}", f"is {value!r}, expected true or false")
+        raise InputError(f"{path}: key {key!r}", f"is {shown(value)}, expected true or false")
     return bool(value)
 
 
 def _read_chat_template(directory: Path, config: dict[str, Any], path: Path) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):   # several named templates: the GGUF key holds the default one
-        named = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
-        template = named.get("default")
+        named = (e.get("template") for e in template if isinstance(e, dict) and e.get("name") == "default")
+        template = next(named, None)
     if template is None and (directory / "chat_template.jinja").exists():
         path = directory / "chat_template.jinja"
         raw = read_small_file(path, max_bytes=MAX_CHAT_TEMPLATE_BYTES)
