@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4tools.derive import UnitDeriver
-from dsv4tools.errors import Dsv4Error, ResourceError, UsageError
-from dsv4tools.files import preallocate, pwrite_all
+from dsv4tools.derive import UnitDeriver, source_checksum
+from dsv4tools.errors import Dsv4Error, Interrupted, ResourceError, UsageError
 from dsv4tools.formats.codecs import prepare, self_test
 from dsv4tools.gguf.reader import scan_gguf
+from dsv4tools.identity import plan_identity, shard_states
 from dsv4tools.manifest import write_manifest
-from dsv4tools.outfile import check_output, check_space, complete_file, explained, partial_path
-from dsv4tools.workers import choose_threads, run_units
+from dsv4tools.outfile import check_output, check_space
+from dsv4tools.output import OutputFile, working_paths
+from dsv4tools.workers import StopRequest, choose_threads, run_units
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from dsv4tools.journal import FinishedUnit
     from dsv4tools.plan import Plan, Unit
 
 
@@ -33,50 +35,80 @@ class Conversion:
     zeroed: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a conversion runs; none of it changes a byte of the output.
+
+    Attributes
+    ----------
+    threads:
+        How many units are encoded at once; None: all usable cores.
+    restart:
+        Do not continue an interrupted conversion, begin anew.
+    steal_lock:
+        Take the output's lock whoever holds it.
+    progress:
+        Called with the number of output bytes that were finished since the last call.
+    notify:
+        Called with a sentence that a user should see: what is continued, what was found damaged.
+    stop:
+        Set it to stop after the units in hand.
+    """
+
+    threads: int | None = None
+    restart: bool = False
+    steal_lock: bool = False
+    progress: Callable[[int], None] | None = None
+    notify: Callable[[str], None] | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+
 def convert(
-    plan: Plan, out: str | Path, *, threads: int | None = None, overwrite: bool = False,
-    manifest: str | Path | None = None, progress: Callable[[int], None] | None = None,
+    plan: Plan, out: str | Path, *, overwrite: bool = False, manifest: str | Path | None = None,
+    threads: int | None = None, progress: Callable[[int], None] | None = None, run: RunOptions | None = None,
 ) -> Conversion:
     """Write the GGUF that `plan` describes.
 
-    The bytes do not depend on `threads`. Memory is (threads + 2) x one unit's source and output bytes, whatever the
-    size of the model. The file carries its name only when it is complete, checked and on disk.
+    The bytes do not depend on the number of threads. Memory is (threads + 2) x one unit's source and output bytes,
+    whatever the size of the model. The file carries its name only when it is complete, checked and on disk; until then
+    it is ``OUT.partial``, and a stopped conversion goes on where it was when it is called again with an equal plan.
 
     Parameters
     ----------
     out:
-        The output file; ``OUT.partial`` beside it is used on the way.
-    threads:
-        How many units are encoded at once; all usable cores by default.
+        The output file; ``OUT.partial``, ``OUT.journal`` and ``OUT.lock`` stand beside it on the way.
     overwrite:
         Replace an existing `out` (at the end, in one step).
     manifest:
         Also write the sha256 of every tensor, of all tensors and of the file there.
-    progress:
-        Called with the number of output bytes that were finished since the last call.
+    run:
+        How to run; `threads` and `progress` alone are short for ``RunOptions(threads=..., progress=...)``.
 
     Raises
     ------
     UsageError
-        `out` or `manifest` exists, or is an input; `threads` out of range.
+        `out` or `manifest` exists, or is an input; `threads` out of range; a partial file of another plan.
     InputError
         A source value is not finite, or does not fit its type.
     ResourceError
-        No space, no permission, a read or write failed.
+        No space, no permission, another conversion holds the lock, a read or write failed.
     VerifyError
         A shard changed while it was being read.
+    Interrupted
+        ``run.stop`` was set.
     """
     out, manifest = Path(out), None if manifest is None else Path(manifest)
-    threads = check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
+    run = run or RunOptions(threads=threads, progress=progress)
+    n_threads = check_conversion(plan, out, threads=run.threads, overwrite=overwrite, manifest=manifest)
+    output = OutputFile(out, plan.total_bytes, plan_identity(plan), shard_states(plan), recheck=make_recheck(plan),
+                        restart=run.restart, steal_lock=run.steal_lock)
     prepare({t.format.name for t in plan.tensors} - {"I32"})
     self_test()
-    partial = partial_path(out)
-    with complete_file(out) as fd:
-        zeroed = _write_units(plan, partial, fd, threads, progress)
-        with explained(partial):
-            pwrite_all(fd, memoryview(plan.header), 0)   # last: until now no reader takes the file for a GGUF
-            os.fsync(fd)
-        check_written(plan, partial)
+    with output:
+        finished = write_units(plan, output, plan.units(), plan.position, n_threads, run)
+        output.complete(plan.header, partial(check_written, plan))
+    zeroed = count_zeroed(plan, finished)
     if manifest is not None:
         write_manifest(out, manifest, zeroed)
     return Conversion(out, plan.total_bytes, zeroed)
@@ -90,7 +122,7 @@ def check_conversion(
     check_output(plan.checkpoint, out, overwrite=overwrite)
     if manifest is not None:
         check_output(plan.checkpoint, manifest, overwrite=overwrite)
-        if manifest.resolve() in {out.resolve(), partial_path(out).resolve()}:
+        if manifest.resolve() in {p.resolve() for p in working_paths(out)}:
             raise UsageError(manifest, "is the output itself", hint="give the manifest another name")
     check_space(out, plan.total_bytes)
     return n_threads
@@ -109,34 +141,80 @@ def check_written(plan: Plan, path: Path) -> None:
             raise Dsv4Error(path, "was written wrongly: it does not match its plan", hint="please report this")
 
 
-def _write_units(
-    plan: Plan, partial: Path, fd: int, threads: int, progress: Callable[[int], None] | None
-) -> dict[str, int]:
-    with explained(partial):
-        preallocate(fd, plan.total_bytes)
+def write_units(  # noqa: PLR0917  - what, whereto, how: each of them once
+    plan: Plan, output: OutputFile, units: Iterable[Unit], position: Callable[[Unit], int], threads: int,
+    run: RunOptions,
+) -> dict[int, FinishedUnit]:
+    """Derive and write all `units` that `output` does not have yet; the finished ones by position.
+
+    `position` says where in the file a unit belongs. Raises Interrupted, with all that was done recorded, when
+    ``run.stop`` was set before the last unit.
+    """
+    _tell_what_is_continued(output, run)
     zero_nan = plan.nan == "zero"
 
-    def make_worker(computing: threading.Semaphore) -> Callable[[Unit], int]:
+    def make_worker(computing: threading.Semaphore) -> Callable[[Unit], FinishedUnit]:
         deriver = UnitDeriver(plan.checkpoint.config.n_routed_experts, zero_nan=zero_nan)
 
-        def work(unit: Unit) -> int:
+        def work(unit: Unit) -> FinishedUnit:
             try:
                 rows = deriver.read(unit)
                 with computing:
+                    source = source_checksum(rows)
                     data, n_zeroed = deriver.encode(unit, rows)
             except MemoryError:
                 raise ResourceError(unit.planned.name, "not enough memory", hint="use fewer --threads") from None
-            with explained(partial):
-                pwrite_all(fd, data.data, plan.data_offset + unit.planned.offset + unit.start)
-            return n_zeroed
+            return output.write(position(unit), data, source, n_zeroed)
 
         return work
 
-    zeroed: dict[str, int] = {}
-    with closing(run_units(plan.units(), make_worker, threads)) as results:
-        for unit, n_zeroed in results:
-            if n_zeroed:
-                zeroed[unit.planned.name] = zeroed.get(unit.planned.name, 0) + n_zeroed
-            if progress is not None:
-                progress(unit.n_bytes)
-    return zeroed
+    todo = (unit for unit in units if position(unit) not in output.finished)
+    with closing(run_units(todo, make_worker, threads, run.stop)) as results:
+        for _, finished in results:
+            output.record(finished)
+            if run.progress is not None:
+                run.progress(finished.n_bytes)
+    output.flush()
+    if run.stop.is_set():
+        raise Interrupted(run.stop.signal_number, "stopped", hint=output.hint)
+    return output.finished
+
+
+def _tell_what_is_continued(output: OutputFile, run: RunOptions) -> None:
+    for note in output.notes if run.notify else ():
+        run.notify(note)  # type: ignore[misc]  # the line above looked
+    n_bytes = sum(u.n_bytes for u in output.finished.values())
+    if n_bytes and run.notify is not None:
+        run.notify(f"continuing {output.partial}: {len(output.finished)} units done, {n_bytes / output.n_bytes:.0%}")
+    if n_bytes and run.progress is not None:
+        run.progress(n_bytes)
+
+
+def make_recheck(plan: Plan) -> Callable[[FinishedUnit, set[str]], bool]:
+    """For `OutputFile`: whether a finished unit's source bytes are still those that it was made from."""
+    deriver = UnitDeriver(plan.checkpoint.config.n_routed_experts)
+    units: dict[int, Unit] = {}
+
+    def recheck(finished: FinishedUnit, changed: set[str]) -> bool:
+        if not units:
+            units.update((plan.position(unit), unit) for unit in plan.units())
+        unit = units.get(finished.position)
+        if unit is None:
+            return False
+        if changed.isdisjoint(unit.matrix.shard_names):
+            return True
+        return source_checksum(deriver.read(unit)) == finished.source
+
+    return recheck
+
+
+def count_zeroed(plan: Plan, finished: dict[int, FinishedUnit]) -> dict[str, int]:
+    """Tensor name -> values that were not finite and became 0, where there are any."""
+    if not any(u.n_zeroed for u in finished.values()):
+        return {}
+    totals: dict[str, int] = {}
+    for unit in plan.units():
+        n = finished[plan.position(unit)].n_zeroed
+        if n:
+            totals[unit.planned.name] = totals.get(unit.planned.name, 0) + n
+    return totals

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 
 from dsv4tools.checkpoint.matrix import RowReader
 from dsv4tools.errors import InputError
@@ -27,6 +28,16 @@ _FAULTS = {
     FaultKind.BLOCK_OVERFLOW: ("is in a block whose scale is beyond the range of F16",
                                "give the tensor a type with a larger range"),
 }
+
+
+def source_checksum(rows: SourceRows | NDArray[np.int32]) -> str:
+    """xxh3 of a unit's source bytes, scales included: whether it was made from what is there now."""
+    if isinstance(rows, np.ndarray):
+        return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(rows).data)
+    digest = xxhash.xxh3_128(rows.data.data)
+    if rows.scales is not None:
+        digest.update(rows.scales.data)
+    return digest.hexdigest()
 
 
 class UnitDeriver:

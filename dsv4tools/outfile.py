@@ -8,11 +8,11 @@ import os
 from typing import TYPE_CHECKING
 
 from dsv4tools.errors import ResourceError, UsageError
-from dsv4tools.files import free_bytes, sync_directory
+from dsv4tools.files import free_bytes, lock_file, sync_directory
 from dsv4tools.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from dsv4tools.checkpoint import Checkpoint
@@ -35,16 +35,29 @@ def check_output(checkpoint: Checkpoint, path: Path, *, overwrite: bool) -> None
     ResourceError
         Its directory is missing or cannot be written to.
     """
+    check_not_input(path, [shard.path for shard in checkpoint.shards.values()])
     with explained(path):
-        if path.is_dir():
-            raise UsageError(path, "is a directory", hint="give the name of the output file")
-        for candidate in (path, partial_path(path)):
-            if candidate.exists() and any(candidate.samefile(shard.path) for shard in checkpoint.shards.values()):
-                raise UsageError(candidate, "is one of the inputs", hint="write elsewhere: inputs are never touched")
         source = checkpoint.directory.resolve()
         if path.resolve().is_relative_to(source):
             raise UsageError(path, f"lies in the source directory {source}",
                              hint="write elsewhere: inputs are never touched")
+    check_place(path, overwrite=overwrite)
+
+
+def check_not_input(path: Path, inputs: Iterable[Path]) -> None:
+    """UsageError if `path` is a directory, or if writing it would touch one of `inputs`."""
+    inputs = list(inputs)
+    with explained(path):
+        if path.is_dir():
+            raise UsageError(path, "is a directory", hint="give the name of the output file")
+        for candidate in (path, partial_path(path)):
+            if candidate.exists() and any(candidate.samefile(each) for each in inputs):
+                raise UsageError(candidate, "is one of the inputs", hint="write elsewhere: inputs are never touched")
+
+
+def check_place(path: Path, *, overwrite: bool) -> None:
+    """UsageError if `path` exists without `overwrite`; ResourceError if it cannot be created."""
+    with explained(path):
         if path.exists() and not overwrite:
             raise UsageError(path, "exists", hint="--overwrite replaces it")
         if not path.parent.is_dir():
@@ -95,22 +108,30 @@ def complete_file(path: Path) -> Iterator[int]:
 
 def open_alone(path: Path) -> int:
     """A descriptor of `path` (made if missing) that no other conversion holds; its content is untouched yet."""
-    with explained(path):
-        # NOFOLLOW: through a link of that name some other file would be emptied.
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    fd = open_own(path)
     try:
-        _lock(fd, path)
-        _check_own(fd, path)
+        _check_alone(fd, path)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def _check_own(fd: int, path: Path) -> None:
-    mine = os.fstat(fd)
-    if mine.st_nlink > 1:
+def open_own(path: Path) -> int:
+    """A descriptor of `path` (made if missing) that is no link to a file of another name; its content is untouched."""
+    with explained(path):
+        # NOFOLLOW: through a link of that name some other file would be emptied.
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    if os.fstat(fd).st_nlink > 1:
+        os.close(fd)
         raise ResourceError(path, "has a second name as a hard link", hint="remove it")
+    return fd
+
+
+def _check_alone(fd: int, path: Path) -> None:
+    if not lock_file(fd):
+        raise ResourceError(path, "is being written by another conversion")
+    mine = os.fstat(fd)
     try:
         same = os.path.samestat(mine, path.lstat())
     except FileNotFoundError:
@@ -119,20 +140,8 @@ def _check_own(fd: int, path: Path) -> None:
         raise ResourceError(path, "was being written by another conversion until just now", hint="try again")
 
 
-def _lock(fd: int, path: Path) -> None:
-    try:
-        import fcntl  # noqa: PLC0415  - not on every platform
-    except ImportError:
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ResourceError(path, "is being written by another conversion") from None
-    except OSError:
-        return   # a file system without locks
-
-
-_WHY = {
+# What errno means where files are written, in words that help more than the system's.
+WHY = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file system, or a limit of this process, allows no file of this size",
@@ -141,9 +150,10 @@ _WHY = {
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path, *, hint: str = "") -> Iterator[None]:
     """Turn the operating system's errors into ours."""
     try:
         yield
     except OSError as e:
-        raise ResourceError(path, f"cannot be written: {_WHY.get(e.errno or 0, e.strerror or str(e))}") from None
+        what = WHY.get(e.errno or 0, e.strerror or str(e))
+        raise ResourceError(path, f"cannot be written: {what}", hint=hint) from None

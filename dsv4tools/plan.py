@@ -147,6 +147,10 @@ class Plan:
             totals[t.format.name] = totals.get(t.format.name, 0) + t.n_bytes
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
+    def position(self, unit: Unit) -> int:
+        """Where a unit's bytes begin in the output file."""
+        return self.data_offset + unit.planned.offset + unit.start
+
     def units(self) -> Iterator[Unit]:
         """All units in file order."""
         for planned in self.tensors:

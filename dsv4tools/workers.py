@@ -6,6 +6,7 @@ while some wait for the disk the others keep the cores busy. Memory is one set o
 
 from __future__ import annotations
 
+import signal
 import threading
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
 
 EXTRA_THREADS = 2
 MAX_THREADS = 1024
+
+
+class StopRequest(threading.Event):
+    """Asks the workers to finish the item in hand and stop. `signal_number` says which signal asked."""
+
+    signal_number = signal.SIGINT.value
+
+    def request(self, signal_number: int) -> None:
+        """Ask, because of a signal."""
+        self.signal_number = signal_number
+        self.set()
+
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,12 +50,12 @@ class _Crew(Generic[Item, Result]):
 
     def __init__(
         self, items: Iterable[Item], make_worker: Callable[[threading.Semaphore], Callable[[Item], Result]],
-        threads: int,
+        threads: int, stop: threading.Event,
     ) -> None:
         self._items, self._lock = iter(items), threading.Lock()
         self._make_worker, self._computing = make_worker, threading.Semaphore(threads)
         self.done: SimpleQueue[tuple[Item, Result] | None] = SimpleQueue()   # None: one thread has ended
-        self.stop = threading.Event()
+        self.stop, self.halt = stop, threading.Event()   # asked from outside; and from here
         self.error: BaseException | None = None
         self.threads = [threading.Thread(target=self._run, name=f"unit-{i}", daemon=True)
                         for i in range(threads + EXTRA_THREADS)]
@@ -55,14 +68,14 @@ class _Crew(Generic[Item, Result]):
             except RuntimeError:
                 self.error = self.error or ResourceError(
                     "--threads", f"the system allows {n_started} threads, not {len(self.threads)}", hint="use fewer")
-                self.stop.set()
+                self.halt.set()
                 return n_started
         return len(self.threads)
 
     def _run(self) -> None:
         try:
             worker = self._make_worker(self._computing)
-            while not self.stop.is_set():
+            while not (self.stop.is_set() or self.halt.is_set()):
                 with self._lock:
                     item = next(self._items, None)
                 if item is None:
@@ -70,13 +83,14 @@ class _Crew(Generic[Item, Result]):
                 self.done.put((item, worker(item)))
         except BaseException as e:  # noqa: BLE001  - whatever it is, it is raised in the caller's thread
             self.error = self.error or e
-            self.stop.set()
+            self.halt.set()
         finally:
             self.done.put(None)
 
 
 def run_units(
-    items: Iterable[Item], make_worker: Callable[[threading.Semaphore], Callable[[Item], Result]], threads: int
+    items: Iterable[Item], make_worker: Callable[[threading.Semaphore], Callable[[Item], Result]], threads: int,
+    stop: StopRequest | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Run ``worker(item)`` for all `items`; yields results as they come, in no particular order.
 
@@ -88,11 +102,13 @@ def run_units(
         Called once per thread with a semaphore that must be held while computing (not while reading or writing).
     threads:
         How many may compute at the same time.
+    stop:
+        When it is set the workers finish what they have in hand, and the generator ends early.
 
     The first exception of a worker is raised here, after all others finished the item that they had in hand. Closing
     the generator stops the workers likewise. ResourceError if the system gives no more threads.
     """
-    crew = _Crew(items, make_worker, threads)
+    crew = _Crew(items, make_worker, threads, stop or StopRequest())
     try:
         running = crew.start()
         while running:
@@ -102,7 +118,7 @@ def run_units(
             elif crew.error is None:
                 yield outcome
     finally:
-        crew.stop.set()
+        crew.halt.set()
         for thread in crew.threads:
             if thread.ident is not None:
                 thread.join()

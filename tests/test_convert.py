@@ -202,7 +202,7 @@ def test_progress_adds_up_and_the_header_comes_last(make_checkpoint, tmp_path):
 
 
 def test_a_header_that_was_written_wrongly_never_gets_the_final_name(make_checkpoint, tmp_path, monkeypatch):
-    module = sys.modules["dsv4tools.convert"]
+    module = sys.modules["dsv4tools.output"]
     write = module.pwrite_all
 
     def corrupt(fd, buffer, position):
@@ -301,7 +301,7 @@ def test_a_value_that_is_no_number_is_refused(kind, make_checkpoint, tmp_path, d
     assert where in message
     assert "--nan zero" in message
     assert ".safetensors: tensor" in message
-    assert not list(tmp_path.glob("out*"))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -45,6 +45,11 @@ class Matrix:
     block: tuple[int, int] = (1, 1)
 
     @property
+    def shard_names(self) -> set[str]:
+        """The shards that its bytes are in: weight and scale may lie apart."""
+        return {t.shard.path.name for t in (self.weight, self.scale) if t is not None}
+
+    @property
     def n_bytes(self) -> int:
         """Stored bytes, scales included."""
         return self.weight.n_bytes + (self.scale.n_bytes if self.scale else 0)

@@ -21,10 +21,13 @@ from dsv4tools.cli.output import (
     threads_option,
 )
 from dsv4tools.cli.planning import plan_from_options, plan_options
-from dsv4tools.convert import check_conversion
+from dsv4tools.cli.signals import graceful_stop
+from dsv4tools.convert import RunOptions, check_conversion
 from dsv4tools.convert import convert as run_conversion
 from dsv4tools.describe import describe_plan, output_name
+from dsv4tools.errors import UsageError
 from dsv4tools.files import usable_cpus
+from dsv4tools.parts import convert_part, parse_part
 from dsv4tools.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -39,14 +42,18 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--manifest", type=click.Path(path_type=Path), metavar="M",
               help="Also write the sha256 of every tensor, of all and of the file to M.")
+@click.option("--restart", is_flag=True, help="Do not continue an interrupted conversion, begin anew.")
+@click.option("--steal-lock", is_flag=True, help="Take the output's lock, whoever holds it.")
+@click.option("--part", metavar="I/N", help="Write only part I of N, for job arrays; `assemble` joins them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and write nothing.")
 @json_option
-def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool, manifest: Path | None, dry_run: bool,
-            as_json: bool, **options: Any) -> None:
+def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool, manifest: Path | None, restart: bool,
+            steal_lock: bool, part: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write a GGUF from the checkpoint SRC.
 
     Without OUT.gguf the name follows the GGUF naming convention, in the current directory. The bytes do not depend on
-    the number of threads. The output carries its name only when it is complete and checked.
+    the number of threads. The output carries its name only when it is complete and checked; an interrupted conversion
+    goes on where it was when the same command is given again.
 
     \b
     Examples:
@@ -55,6 +62,9 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
       dsv4tools convert DeepSeek-V4-Flash flash-4e.gguf --experts-per-token 4
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --tensor-type blk.0=bf16
     """
+    chosen = None if part is None else parse_part(part)
+    if chosen is not None and manifest is not None:
+        raise UsageError("--manifest", "is for a whole file", hint="give it to `dsv4tools assemble`")
     plan = plan_from_options(source, **options)
     threads = threads or usable_cpus()
     out = out or Path(output_name(plan))
@@ -65,13 +75,20 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
         else:
             _show_plan(plan, report)
         return
-    check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
+    if chosen is None:
+        check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
     for note in plan.notes:
         say(f"note: {note}")
     announce_compilation([t.format.name for t in plan.tensors])
     started = time.monotonic()
-    with progress_bar(sum(t.n_bytes for t in plan.tensors), out.name) as advance:
-        done = run_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest, progress=advance)
+    total_bytes = sum(t.n_bytes for t in plan.tensors) // (chosen[1] if chosen else 1)
+    with graceful_stop() as stop, progress_bar(total_bytes, out.name) as advance:
+        run = RunOptions(threads, restart, steal_lock, advance, lambda note: say(f"note: {note}"), stop)
+        if chosen is not None:
+            path, existed = convert_part(plan, out, *chosen, overwrite=overwrite, run=run)
+            _show_part(path, existed=existed, out=out, as_json=as_json)
+            return
+        done = run_conversion(plan, out, overwrite=overwrite, manifest=manifest, run=run)
     seconds = time.monotonic() - started
     if as_json:
         summary = {k: v for k, v in report.items() if k not in {"tensors", "free_bytes", "estimated_seconds"}}
@@ -84,6 +101,18 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
     if manifest:
         show(f"wrote {manifest}")
     show(f"next: {shell_words('dsv4tools', 'verify', out, '--source', source)}")
+
+
+def _show_part(path: Path, *, existed: bool, out: Path, as_json: bool) -> None:
+    n_bytes = path.stat().st_size
+    if as_json:
+        show_json({"part": str(path), "n_bytes": n_bytes, "existed": existed})
+        return
+    if existed:
+        show(f"{path} was there already, from this same conversion")
+    else:
+        show(f"wrote {path}: {format_bytes(n_bytes)}")
+    show(f"next, when all parts are there: {shell_words('dsv4tools', 'assemble', out)}")
 
 
 def _show_plan(plan: Plan, report: dict[str, object]) -> None:

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 # Command -> one line for the list of commands; the command is the object of that name in dsv4tools/cli/NAME.py.
 COMMANDS = {
+    "download": "Fetch a checkpoint from the Hub and check it.",
     "convert": "Write a GGUF from a checkpoint.",
+    "assemble": "Join the parts of a conversion.",
     "verify": "Say whether a GGUF is right.",
+    "reroute": "Write a checkpoint or GGUF with fewer experts per token.",
     "inspect": "Show what a checkpoint or GGUF holds.",
     "template": "Write a GGUF's header without its weights.",
     "policy": "List, show and explain policies.",

@@ -62,3 +62,10 @@ def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
                 path, f"ends at byte {offset + done}, expected {offset + len(view)}; it shrank while it was read"
             )
         done += n
+
+
+def read_bytes(fd: int, offset: int, n_bytes: int, path: Path) -> bytearray:
+    """`n_bytes` from `offset` of the file; ResourceError as `read_into`."""
+    out = bytearray(n_bytes)
+    read_into(fd, memoryview(out), offset, path)
+    return out
