@@ -18,11 +18,11 @@ from dsv4tools.formats.codecs import dequantize, quantize
 from dsv4tools.plan import Plan
 from dsv4tools.plan import make_plan as plan
 from dsv4tools.policy import Policy, list_policies, load_policy
-from dsv4tools.reroute import reroute
+from dsv4tools.reroute import Rerouted, reroute, reroute_checkpoint, reroute_gguf
 from dsv4tools.verify import Report, verify
 
 __all__ = [
-    "Checkpoint", "Conversion", "Dsv4Error", "InputError", "Plan", "Policy", "Report", "ResourceError", "UsageError",
-    "VerifyError", "convert", "dequantize", "list_policies", "load_policy", "open_checkpoint", "plan", "quantize",
-    "reroute", "verify",
+    "Checkpoint", "Conversion", "Dsv4Error", "InputError", "Plan", "Policy", "Report", "Rerouted", "ResourceError",
+    "UsageError", "VerifyError", "convert", "dequantize", "list_policies", "load_policy", "open_checkpoint", "plan",
+    "quantize", "reroute", "reroute_checkpoint", "reroute_gguf", "verify",
 ]

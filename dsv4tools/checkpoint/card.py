@@ -6,14 +6,14 @@ import os
 import re
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from dsv4tools.checkpoint.strict_json import read_json_object, read_small_file, shown
 from dsv4tools.errors import InputError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+RECEIPT = Path(".cache/dsv4tools/download.json")
+"""Where `dsv4tools download` notes, below the directory it fills, what it fetched from where."""
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
 _MAX_DEPTH = 100
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
@@ -27,7 +27,8 @@ SAMPLING_KEYS = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperat
 class ModelCard:
     """Facts about a checkpoint for the ``general.*`` keys; what it does not say is None or empty.
 
-    `repository` and `revision` are those of the Hub where the directory is a snapshot in its cache.
+    `repository` and `revision` are those of the Hub where the directory is a snapshot in its cache, or was fetched by
+    `dsv4tools download`.
     """
 
     name: str
@@ -56,6 +57,10 @@ def _directory_name(directory: Path) -> str:
 
 def _find_origin(directory: Path) -> tuple[str | None, str | None]:
     home = directory.resolve()
+    if (home / RECEIPT).is_file():
+        receipt = read_json_object(home / RECEIPT, max_bytes=10_000_000)
+        repository, revision = receipt.get("repository"), receipt.get("revision")
+        return _text(repository), revision if isinstance(revision, str) and _COMMIT.fullmatch(revision) else None
     cache = home.parent.parent.name
     if home.parent.name != "snapshots" or not cache.startswith("models--"):
         return None, None

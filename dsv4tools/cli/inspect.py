@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dsv4tools.checkpoint import open_checkpoint
-from dsv4tools.cli.output import EPILOG, json_option, shell_words, show, show_json, show_table
+from dsv4tools.cli.output import EPILOG, json_option, layer_list, shell_words, show, show_json, show_table
 from dsv4tools.describe import describe_checkpoint, describe_gguf
 from dsv4tools.errors import InputError
 from dsv4tools.gguf.reader import scan_gguf
@@ -43,13 +43,6 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
                          hint=f"{shell_words('dsv4tools', 'verify', path)} lists all {len(errors)} errors")
 
 
-def _layer_list(layers: list[int]) -> str:
-    if not layers:
-        return "none"
-    consecutive = layers == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if consecutive and len(layers) > 1 else ", ".join(map(str, layers))
-
-
 def _show_types(types: dict[str, dict[str, int]]) -> None:
     ordered = sorted(types.items(), key=lambda item: -item[1]["n_bytes"])
     show_table([("  " + name, e["n_tensors"], format_bytes(e["n_bytes"])) for name, e in ordered], right="lr")
@@ -68,7 +61,7 @@ def _show_checkpoint(data: dict[str, Any]) -> None:
     _show_types(data["dtypes"])
     show(f"layers         {layers['n']}: {ratios}")
     _show_experts(experts)
-    show(f"hash-routed    layers {_layer_list(layers['hash_routed'])}; the others choose the best-scored experts")
+    show(f"hash-routed    layers {layer_list(layers['hash_routed'])}; the others choose the best-scored experts")
     show(f"width          hidden {data['config']['hidden_size']}, experts {data['config']['moe_intermediate_size']}, "
          f"vocabulary {data['config']['vocab_size']}")
     if "error" in tokenizer:
@@ -87,7 +80,7 @@ def _show_gguf(data: dict[str, Any], *, tensors: bool) -> None:
     _show_types(data["types"])
     if experts["routed"]:
         _show_experts(experts)
-        show(f"hash-routed    layers {_layer_list(data['hash_routed'])}")
+        show(f"hash-routed    layers {layer_list(data['hash_routed'])}")
     for key, value in data["metadata"].items():
         text = f"[{value['n']} items] {value['first']}" if isinstance(value, dict) else str(value)
         show(f"{key} = {text if len(text) <= 100 else text[:97] + '...'}")

@@ -49,20 +49,28 @@ def show_table(rows: Sequence[Sequence[object]], *, right: str = "") -> None:
         show("  ".join(cells).rstrip())
 
 
+def layer_list(layers: Sequence[int]) -> str:
+    """``0-2`` or ``0, 3, 7``."""
+    if not layers:
+        return "none"
+    consecutive = list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}-{layers[-1]}" if consecutive and len(layers) > 1 else ", ".join(map(str, layers))
+
+
 def is_interactive() -> bool:
     """Whether a person watches stderr."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 @contextlib.contextmanager
-def progress_bar(total_bytes: int, what: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, what: str, unit: str = "B") -> Iterator[Callable[[int], None]]:
     """A bar with rate and remaining time on a terminal, nothing elsewhere; yields the function that advances it."""
     if not is_interactive():
-        yield lambda n_bytes: None
+        yield lambda n: None
         return
     from tqdm import tqdm  # noqa: PLC0415  - pipes need none
 
-    with tqdm(total=total_bytes, desc=printable(what), unit="B", unit_scale=True, dynamic_ncols=True,
+    with tqdm(total=total, desc=printable(what), unit=unit, unit_scale=True, dynamic_ncols=True,
               file=sys.stderr) as bar:
         yield bar.update
 
