@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from dsv4tools.checkpoint.matrix import Matrix, bind_matrix, scale_name
+from dsv4tools.checkpoint.matrix import SCALED_DTYPES, Matrix, bind_matrix, scale_name
 from dsv4tools.errors import InputError
 from dsv4tools.template.symbols import layer_sizes, model_sizes
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from dsv4tools.checkpoint import Checkpoint, Config
     from dsv4tools.template.tables import ModelTables, TensorRow
+
+MAX_LISTED = 1000   # names in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +71,12 @@ def derive_tensors(checkpoint: Checkpoint, tables: ModelTables) -> tuple[tuple[T
     """
     config = checkpoint.config
     check_layer_kinds(config, tables, f"{checkpoint.directory / 'config.json'}: key 'compress_ratios'")
-    rows = [(row, layer, shape, _source_names(row, layer, config.n_routed_experts))
-            for row, layer, shape in expand_rows(config, tables)]
-    left_out = _check_claims(checkpoint, tables, [name for *_, names in rows for name in names])
+    names = _source_names(checkpoint, tables)
+    left_out = _check_claims(checkpoint, tables, [n for of_row in names for n in of_row])
     tensors = []
-    for row, layer, shape, names in rows:
+    for (row, layer, shape), of_row in zip(expand_rows(config, tables), names, strict=True):
         one = shape[1:] if row.is_stacked else shape
-        sources = tuple(bind_matrix(checkpoint.tensors, n, one, config.weight_block_size) for n in names)
+        sources = tuple(bind_matrix(checkpoint.tensors, n, one, config.weight_block_size) for n in of_row)
         for matrix in sources:
             if (matrix.kind is None) != row.integers:
                 raise InputError(matrix.weight.where, f"has dtype {matrix.weight.dtype}, expected "
@@ -105,19 +106,29 @@ def expand_rows(config: Config, tables: ModelTables) -> Iterator[tuple[TensorRow
                 yield row, layer, tuple(here[s] for s in row.shape)
 
 
-def _source_names(row: TensorRow, layer: int | None, n_experts: int) -> list[str]:
-    if not row.is_stacked:
-        return [row.source.format(layer=layer)]
-    return [row.source.format(layer=layer, expert=e) for e in range(n_experts)]
+def _source_names(checkpoint: Checkpoint, tables: ModelTables) -> list[list[str]]:
+    """The source tensors of each row: one, or one per expert.
+
+    Ends early where too many are missing to list: a false size in config.json must not make names without end.
+    """
+    names = []
+    n_missing = 0
+    n_experts = min(checkpoint.config.n_routed_experts, len(checkpoint.tensors) + MAX_LISTED)
+    for row, layer, _ in expand_rows(checkpoint.config, tables):
+        experts = range(n_experts) if row.is_stacked else [None]
+        names.append([row.source.format(layer=layer, expert=e) for e in experts])
+        n_missing += sum(n not in checkpoint.tensors for n in names[-1])
+        if n_missing > MAX_LISTED:
+            break
+    return names
 
 
 def _check_claims(checkpoint: Checkpoint, tables: ModelTables, names: list[str]) -> dict[str, int]:
-    wanted = set(names)
     present = checkpoint.tensors
-    missing = [n for n in names if n not in present]
-    missing += [scale_name(n) for n in names if n in present and present[n].dtype in ("F8_E4M3", "I8", "F4", "U8")
-                and scale_name(n) not in present]
-    claimed = wanted | {scale_name(n) for n in names if n.endswith(".weight")}
+    # A plain matrix has no use for a scale: that one would change its values must not be passed over.
+    scales = {n: scale_name(n) for n in names if n in present and present[n].dtype in SCALED_DTYPES}
+    missing = [n for n in (*names, *scales.values()) if n not in present]
+    claimed = {*names, *scales.values()}
     left_out = dict.fromkeys((rule.tensors for rule in tables.left_out), 0)
     unclaimed = []
     for name in present:
@@ -130,10 +141,19 @@ def _check_claims(checkpoint: Checkpoint, tables: ModelTables, names: list[str])
             left_out[rule] += 1
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing: {', '.join(missing)}")
+        problems.append(f"missing: {_listed(missing)}")
     if unclaimed:
-        problems.append(f"{len(unclaimed)} that nothing uses: {', '.join(unclaimed)}")
+        problems.append(f"that nothing uses: {_listed(unclaimed)}")
     if problems:
-        raise InputError(checkpoint.directory, f"source tensors {'; '.join(problems)}",
-                         hint="config.json and shards do not describe the same model")
+        c = checkpoint.config
+        raise InputError(
+            checkpoint.directory, f"source tensors {'; '.join(problems)}",
+            hint=f"config.json (num_hidden_layers = {c.num_hidden_layers}, n_routed_experts = {c.n_routed_experts}, "
+                 f"num_hash_layers = {c.num_hash_layers}) and shards do not describe the same model",
+        )
     return left_out
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
