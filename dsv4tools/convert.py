@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4tools.derive import UnitDeriver, source_checksum
+from dsv4tools.engines import check_plan
 from dsv4tools.errors import Dsv4Error, Interrupted, ResourceError, UsageError
 from dsv4tools.formats.codecs import prepare, self_test
 from dsv4tools.gguf.reader import scan_gguf
@@ -20,7 +21,7 @@ from dsv4tools.workers import StopRequest, choose_threads, run_units
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from dsv4tools.journal import FinishedUnit
     from dsv4tools.plan import Plan, Unit
@@ -67,6 +68,7 @@ class RunOptions:
 def convert(
     plan: Plan, out: str | Path, *, overwrite: bool = False, manifest: str | Path | None = None,
     threads: int | None = None, progress: Callable[[int], None] | None = None, run: RunOptions | None = None,
+    engines: Sequence[str] = (),
 ) -> Conversion:
     """Write the GGUF that `plan` describes.
 
@@ -84,13 +86,18 @@ def convert(
         Also write the sha256 of every tensor, of all tensors and of the file there.
     run:
         How to run; `threads` and `progress` alone are short for ``RunOptions(threads=..., progress=...)``.
+    engines:
+        Engines that must load the file (`dsv4tools.engines.choose_engines`); one of those known must in any case.
+        ``["none"]`` asks none.
 
     Raises
     ------
     UsageError
-        `out` or `manifest` exists, or is an input; `threads` out of range; a partial file of another plan.
+        `out` or `manifest` exists, or is an input; `threads` out of range; a partial file of another plan; an unknown
+        engine.
     InputError
-        A source value is not finite, or does not fit its type.
+        An engine that was asked for would refuse the file, or every known one would; a source value is not finite, or
+        does not fit its type.
     ResourceError
         No space, no permission, another conversion holds the lock, a read or write failed.
     VerifyError
@@ -100,6 +107,7 @@ def convert(
     """
     out, manifest = Path(out), None if manifest is None else Path(manifest)
     run = run or RunOptions(threads=threads, progress=progress)
+    check_plan(plan, engines)
     n_threads = check_conversion(plan, out, threads=run.threads, overwrite=overwrite, manifest=manifest)
     output = OutputFile(out, plan.total_bytes, plan_identity(plan), shard_states(plan), recheck=make_recheck(plan),
                         restart=run.restart, steal_lock=run.steal_lock)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsv4tools.cli.engines import engine_option, say_verdicts
 from dsv4tools.cli.output import (
     EPILOG,
     announce_compilation,
@@ -25,12 +26,17 @@ from dsv4tools.cli.signals import graceful_stop
 from dsv4tools.convert import RunOptions, check_conversion
 from dsv4tools.convert import convert as run_conversion
 from dsv4tools.describe import describe_plan, output_name
+from dsv4tools.engines import choose_engines, judge_plan, require_engines
 from dsv4tools.errors import UsageError
 from dsv4tools.files import usable_cpus
 from dsv4tools.parts import convert_part, parse_part
 from dsv4tools.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dsv4tools.convert import Conversion
+    from dsv4tools.engines import Verdict
     from dsv4tools.plan import Plan
 
 
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("out", metavar="[OUT.gguf]", type=click.Path(path_type=Path), required=False)
 @plan_options
+@engine_option
 @threads_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--manifest", type=click.Path(path_type=Path), metavar="M",
@@ -48,33 +55,39 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and write nothing.")
 @json_option
 def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool, manifest: Path | None, restart: bool,
-            steal_lock: bool, part: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+            steal_lock: bool, part: str | None, dry_run: bool, as_json: bool, engines: tuple[str, ...],
+            **options: Any) -> None:
     """Write a GGUF from the checkpoint SRC.
 
     Without OUT.gguf the name follows the GGUF naming convention, in the current directory. The bytes do not depend on
     the number of threads. The output carries its name only when it is complete and checked; an interrupted conversion
     goes on where it was when the same command is given again.
 
+    Before anything is written the plan is checked against what ds4 and llama.cpp load. It stops (exit code 3) where an
+    engine named by --engine would refuse the file, or where all of them would.
+
     \b
     Examples:
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --dry-run
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --manifest flash.sha256
       dsv4tools convert DeepSeek-V4-Flash flash-4e.gguf --experts-per-token 4
-      dsv4tools convert DeepSeek-V4-Flash flash.gguf --tensor-type blk.0=bf16
+      dsv4tools convert DeepSeek-V4-Flash flash.gguf --tensor-type blk.0=bf16 --engine llama.cpp
     """
     chosen = None if part is None else parse_part(part)
     if chosen is not None and manifest is not None:
         raise UsageError("--manifest", "is for a whole file", hint="give it to `dsv4tools assemble`")
+    asked = choose_engines(engines)
     plan = plan_from_options(source, **options)
+    verdicts = judge_plan(plan, asked)
     threads = threads or usable_cpus()
     out = out or Path(output_name(plan))
-    report = describe_plan(plan, out, threads)
+    report = describe_plan(plan, out, threads) | {"engines": [v.as_data() for v in verdicts]}
     if dry_run:
-        if as_json:
-            show_json(report)
-        else:
-            _show_plan(plan, report)
+        show_json(report) if as_json else _show_plan(plan, report, verdicts)
+        require_engines(plan, verdicts, asked)
         return
+    say_verdicts(verdicts)
+    require_engines(plan, verdicts, asked)
     if chosen is None:
         check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
     for note in plan.notes:
@@ -88,13 +101,18 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
             path, existed = convert_part(plan, out, *chosen, overwrite=overwrite, run=run)
             _show_part(path, existed=existed, out=out, as_json=as_json)
             return
-        done = run_conversion(plan, out, overwrite=overwrite, manifest=manifest, run=run)
+        done = run_conversion(plan, out, overwrite=overwrite, manifest=manifest, run=run, engines=engines)
     seconds = time.monotonic() - started
     if as_json:
         summary = {k: v for k, v in report.items() if k not in {"tensors", "free_bytes", "estimated_seconds"}}
         show_json(summary | {"seconds": round(seconds, 3), "zeroed": done.zeroed,
                              "manifest": str(manifest) if manifest else None})
-        return
+    else:
+        _show_done(plan, done, seconds, source, manifest)
+
+
+def _show_done(plan: Plan, done: Conversion, seconds: float, source: Path, manifest: Path | None) -> None:
+    out = done.path
     show(f"wrote {out}: {len(plan.tensors)} tensors, {format_bytes(done.n_bytes)} in {format_seconds(seconds)}")
     for name, n in done.zeroed.items():
         show(f"{n} values that are not finite were converted to 0 in {name}")
@@ -115,7 +133,7 @@ def _show_part(path: Path, *, existed: bool, out: Path, as_json: bool) -> None:
     show(f"next, when all parts are there: {shell_words('dsv4tools', 'assemble', out)}")
 
 
-def _show_plan(plan: Plan, report: dict[str, object]) -> None:
+def _show_plan(plan: Plan, report: dict[str, object], verdicts: Sequence[Verdict]) -> None:
     rows: list[tuple[object, ...]] = [("tensor", "shape", "type", "offset", "bytes", "rule")]
     rows += [(t.name, "x".join(map(str, t.tensor.ne)), t.format.name, t.offset, t.n_bytes, t.rule)
              for t in plan.tensors]
@@ -141,3 +159,5 @@ def _show_plan(plan: Plan, report: dict[str, object]) -> None:
     show(f"time           about {seconds} with {report['threads']} threads, an estimate")
     if plan.nan == "zero":
         show("values         that are not finite are converted to 0 and counted")
+    for verdict in verdicts:
+        show(f"engine         {verdict.summary}")

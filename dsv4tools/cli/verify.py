@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dsv4tools.cli.engines import engine_option, show_verdicts
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, threads_option
 from dsv4tools.errors import VerifyError
 from dsv4tools.sizes import format_bytes
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 @click.option("--source", type=click.Path(path_type=Path), metavar="SRC",
               help="Derive every tensor again from SRC and compare.")
 @click.option("--tensor", "tensors", multiple=True, metavar="GLOB", help="Compare only these tensors; repeatable.")
+@engine_option
 @threads_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[str, ...], threads: int | None,
-           as_json: bool) -> None:
+def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[str, ...], engines: tuple[str, ...],
+           threads: int | None, as_json: bool) -> None:
     """Say whether a GGUF is right: its structure, and with --source every byte of its tensors.
+
+    With --engine also whether that engine loads it and computes what it says, from the header alone. Without, the
+    verdicts of all known engines are shown for a DeepSeek-V4 file, and do not decide.
 
     Exit code 0: right; 5: any fault in the file; 3: a fault in the source.
 
@@ -39,6 +44,7 @@ def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[s
       dsv4tools verify flash.gguf
       dsv4tools verify flash.gguf --source DeepSeek-V4-Flash
       dsv4tools verify flash.gguf --source DeepSeek-V4-Flash --tensor 'blk.3.*'
+      dsv4tools verify flash.gguf --engine ds4 --engine llama.cpp
     """
     with contextlib.ExitStack() as stack:
         advance: Callable[[int], None] = lambda n_bytes: None  # noqa: E731  - replaced when the size is known
@@ -47,7 +53,7 @@ def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[s
             nonlocal advance
             advance = stack.enter_context(progress_bar(total_bytes, path.name))
 
-        report = run_verification(path, source=source, tensors=tensors, threads=threads,
+        report = run_verification(path, source=source, tensors=tensors, threads=threads, engines=engines,
                                   progress=lambda n: advance(n), announce=announce)  # noqa: PLW0108  - advance changes
     if as_json:
         show_json(_as_data(report))
@@ -64,6 +70,7 @@ def _as_data(report: Report) -> dict[str, object]:
         "findings": [asdict(f) for f in report.findings],
         "tensors": [{"name": t.name, "type": t.format, "n_bytes": t.n_bytes, "ok": t.ok, "n_different": t.n_different,
                      "first_difference": t.difference} for t in report.tensors],
+        "engines": [v.as_data() for v in report.engines],
     }
 
 
@@ -81,8 +88,9 @@ def _show(report: Report) -> None:
     if report.tensors:
         n = len(report.tensors)
         show(f"{n - len(wrong)} of {n} tensors are what the source gives, byte for byte")
+    show_verdicts(report.engines)
     verdict = "right" if report.ok else "NOT right"
-    n_errors = len(report.errors) + len(wrong)
+    n_errors = len(report.errors) + len(wrong) + len(report.objecting)
     detail = f"{n_errors} error{'s' if n_errors > 1 else ''}" if n_errors else \
         f"{report.n_tensors} tensors, {format_bytes(report.n_file_bytes)}"
     show(f"{report.path}: {verdict}: {detail}")

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+_SHOWN_ITEMS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,14 @@ def shown(value: object) -> str:
     if isinstance(value, (float, np.floating)):
         return f"{float(np.float32(value)):.9g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(shown, value[:4])) + (f", ... ({len(value)} in all)" if len(value) > 4 else "")
+        few = len(value) <= _SHOWN_ITEMS
+        items = [shown(v) for v in value[:_SHOWN_ITEMS]]
+        return either(items) if few else f"{', '.join(items)}, ... ({len(value)} in all)"
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def either(names: Iterable[str]) -> str:
+    """``a, b or c``."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

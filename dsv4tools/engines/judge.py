@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dsv4tools.engines.checks import either
 from dsv4tools.engines.header import SPLIT_COUNT, read_dimensions
-from dsv4tools.engines.metadata import CONVERT_AGAIN, Metadata, either, judge_shape, judge_values
+from dsv4tools.engines.metadata import CONVERT_AGAIN, Metadata, judge_shape, judge_values
 from dsv4tools.engines.tensors import judge_tensors
 from dsv4tools.engines.verdict import SEVERITIES, EngineFinding, Verdict
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dsv4tools.engines.checks import CHECKS, shown
+from dsv4tools.engines.checks import CHECKS, either, shown
 from dsv4tools.engines.header import value_type
 from dsv4tools.engines.verdict import EngineFinding
 from dsv4tools.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from dsv4tools.engines.header import Header
     from dsv4tools.engines.profile import Check, MetadataRule, Profile, Shape
     from dsv4tools.engines.verdict import Severity
 
 CONVERT_AGAIN = "convert the checkpoint again: dsv4tools writes what this engine reads"
-_LISTED = 4   # differences from the nearest shape that a message names
+_LISTED = 3   # differences from the nearest shape that a message names
 
 
 class Metadata:
@@ -75,15 +75,13 @@ def judge_shape(metadata: Metadata) -> tuple[Shape | None, EngineFinding | None]
     words = {key.replace(".", "_"): shown(metadata.values[profile.key(key)]) for key in shape.values}
     message = profile.messages.shape.format(**words | {
         "name": name, "found": shown(found), "expected": shown(_as_list(expected)[0]), "shape": shape.name})
-    short = _short(shape)
-    listed = [f"{n} is {shown(f)}, {short} has {either(map(shown, _as_list(e)))}" for n, f, e in different[:_LISTED]]
+    listed = [f"{n} {either(map(shown, _as_list(e)))} (is {shown(f)})" for n, f, e in different[:_LISTED]]
     if len(different) > _LISTED:
-        listed.append(f"{len(different) - _LISTED} more differ")
+        listed.append(f"{len(different) - _LISTED} more")
     where = profile.key(name) if len(different) == 1 else "model shape"
-    known = either(map(_short, profile.shape))
-    return shape, EngineFinding("refuse", where, f"not a {known} shape ({'; '.join(listed)})", f"a {known} shape",
-                                message, remedy="no setting changes that: use an engine that loads any shape, such as "
-                                "llama.cpp, or one made for this model")
+    return shape, EngineFinding(
+        "refuse", where, f"not a {either(map(_short, profile.shape))} shape", f"{', '.join(listed)} as in {_short(shape)}",
+        message, remedy="no setting changes that: use an engine that loads it")
 
 
 def _short(shape: Shape) -> str:
@@ -126,7 +124,7 @@ def _compare(metadata: Metadata, shape: Shape | None, check: Check, name: str) -
             yield EngineFinding(
                 check.severity, key if layer is None else f"{key}[{layer}]",
                 f"{found} items" if isinstance(value, list) else shown(value),
-                comparison.expected.format(of=either(map(shown, of)) if isinstance(of, list) and len(of) < 5 else shown(of)) + origin, check.message.format(**words), check.effect,
+                comparison.expected.format(of=shown(of)) + origin, check.message.format(**words), check.effect,
                 check.remedy or CONVERT_AGAIN)
 
 
@@ -155,12 +153,6 @@ def _pairs(metadata: Metadata, check: Check, value: Any, limit: Any) -> Iterator
                 yield layer, item, limit[layer] if per_layer else limit
     else:
         yield None, value, limit
-
-
-def either(names: Iterable[str]) -> str:
-    """``a, b or c``."""
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _as_list(value: Any) -> list[Any]:  # noqa: ANN401  - see _pairs

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING
 
-from dsv4tools.engines.metadata import CONVERT_AGAIN, either
+from dsv4tools.engines.checks import either
+from dsv4tools.engines.metadata import CONVERT_AGAIN
 from dsv4tools.engines.verdict import EngineFinding, Severity
 from dsv4tools.template.symbols import model_sizes
 from dsv4tools.template.tables import load_tables

@@ -75,24 +75,24 @@ class Verdict:
         return self.loads and not self.of("wrong-numbers")
 
     @property
-    def summary(self) -> str:
-        """One line: the engine, its commit, what it would do, and the first reason."""
+    def headline(self) -> str:
+        """The engine, its commit, and what it would do."""
         read = ", read, not run" if self.evidence == "read" else ""
-        head = f"{self.engine} (commit {self.commit[:7]}{read}): "
-        if not self.loads:
-            return head + f"would refuse: {self.of('refuse')[0].text}{_others(len(self.of('refuse')))}"
-        wrong = self.of("wrong-numbers")
-        if wrong:
-            return head + f"would load, and compute wrongly: {wrong[0].text}{_others(len(wrong))}"
-        return head + "would load"
+        does = "would load" if self.ok else "would load, and not compute what the file says" if self.loads else \
+            "would refuse"
+        return f"{self.engine} (commit {self.commit[:7]}{read}): {does}"
+
+    @property
+    def summary(self) -> str:
+        """The headline, and the first reason if it is not well."""
+        grave = [f for f in self.findings if f.severity != "note"]
+        if not grave:
+            return self.headline
+        return f"{self.headline}: {grave[0].text}" + (f"; and {len(grave) - 1} more" if len(grave) > 1 else "")
 
     def as_data(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
             "engine": self.engine, "commit": self.commit, "evidence": self.evidence, "loads": self.loads,
-            "ok": self.ok, "findings": [asdict(f) for f in self.findings],
+            "ok": self.ok, "summary": self.summary, "findings": [asdict(f) for f in self.findings],
         }
-
-
-def _others(n: int) -> str:
-    return f"; {n - 1} more finding{'s' if n > 2 else ''}" if n > 1 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003  - dataclass fields are resolved by readers of this module
 
+from dsv4tools.engines import Verdict  # noqa: TC001  - see above
 from dsv4tools.gguf.reader import Finding  # noqa: TC001  - see above
 
 
@@ -43,6 +44,10 @@ class Report:
         Of the structure, and of comparing metadata and tensor sets with the source.
     tensors:
         The tensors that were compared, in file order.
+    engines:
+        What each engine would do with the file.
+    deciding:
+        The engines that were asked for: the file is right only if they take it.
     """
 
     path: Path
@@ -51,6 +56,8 @@ class Report:
     template: str | None = None
     findings: list[Finding] = field(default_factory=list)
     tensors: list[TensorCheck] = field(default_factory=list)
+    engines: list[Verdict] = field(default_factory=list)
+    deciding: tuple[str, ...] = ()
 
     @property
     def errors(self) -> list[Finding]:
@@ -59,5 +66,10 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """No error, and every compared tensor is what its source gives."""
-        return not self.errors and all(t.ok for t in self.tensors)
+        """No error, every compared tensor is what its source gives, and the engines asked for load and compute it."""
+        return not self.errors and all(t.ok for t in self.tensors) and not self.objecting
+
+    @property
+    def objecting(self) -> list[Verdict]:
+        """Verdicts of the engines asked for that refuse the file, or would compute wrongly with it."""
+        return [v for v in self.engines if v.engine in self.deciding and not v.ok]
