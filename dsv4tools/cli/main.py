@@ -31,6 +31,9 @@ COMMANDS = {
     "template": "Write a GGUF's header without its weights.",
     "policy": "List, show and explain policies.",
     "encode": "Write a conversation as the prompt that the model reads.",
+    "logits": "Write what a model predicts at each position.",
+    "generate": "Continue a text with a model.",
+    "compare": "Compare what two models predict.",
     "quickstart": "Try everything on a small checkpoint made here.",
 }
 

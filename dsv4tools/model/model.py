@@ -92,7 +92,7 @@ class Model:
         InputError
             A weight is not finite; names tensor, row and column.
         """
-        ids = self._check_tokens(tokens)
+        ids = self.check_tokens(tokens)
         cache = self.new_cache() if cache is None else cache
         embedded = self.weights.rows("token_embd.weight", ids)                           # [S, D]
         X = np.repeat(embedded[:, None, :], self.config.hc_mult, axis=1)                 # [S, n, D], n equal streams
@@ -112,17 +112,13 @@ class Model:
 
         Nothing of the size S x S is built. Raises what `forward` does.
         """
-        ids = self._check_tokens(tokens)
+        ids = self.check_tokens(tokens)
         cache = self.new_cache()
         for first in range(0, len(ids), chunk):
             yield self.forward(ids[first : first + chunk], cache, observe=observe)
 
-    def _head(self, X: Floats) -> Floats:
-        """Residual streams [S, n, D] -> logits [S, vocab]."""
-        x = rms(merge_streams(self.weights, self.config, X), self.config.rms_norm_eps)
-        return self.weights.matmul("output.weight", x * self.weights.vector("output_norm.weight"))
-
-    def _check_tokens(self, tokens: ArrayLike) -> NDArray[np.int64]:
+    def check_tokens(self, tokens: ArrayLike) -> NDArray[np.int64]:
+        """`tokens` as int64 [S]; UsageError unless they are a list of ids of this vocabulary, at least one."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
             raise UsageError("tokens", f"found {ids.dtype} {list(ids.shape)}, expected a list of one or more ids")
@@ -131,3 +127,8 @@ class Model:
             raise UsageError("tokens", f"id {ids[bad[0]]} at position {bad[0]}, expected 0 to "
                              f"{self.config.vocab_size - 1}")
         return ids.astype(np.int64)
+
+    def _head(self, X: Floats) -> Floats:
+        """Residual streams [S, n, D] -> logits [S, vocab]."""
+        x = rms(merge_streams(self.weights, self.config, X), self.config.rms_norm_eps)
+        return self.weights.matmul("output.weight", x * self.weights.vector("output_norm.weight"))

@@ -63,7 +63,8 @@ def open_model(
     _check_supported(checkpoint.config, checkpoint.directory)
     tensors, _ = derive_tensors(checkpoint, load_tables())
     stored = {t.name: CheckpointTensor(t) for t in tensors}
-    return Model(Weights(checkpoint.config, stored, dtype=dtype, threads=threads))
+    paths = [shard.path for shard in checkpoint.shards.values()]
+    return Model(Weights(checkpoint.config, stored, paths, dtype=dtype, threads=threads))
 
 
 def _open_gguf_model(path: Path, dtype: type[np.floating[Any]], threads: int | None) -> Model:
@@ -72,7 +73,8 @@ def _open_gguf_model(path: Path, dtype: type[np.floating[Any]], threads: int | N
         _check_weights(file)
         config = read_gguf_config(file)
         _check_supported(config, path)
-        return Model(Weights(config, bind_tensors(file, config), dtype=dtype, threads=threads, close=file.close))
+        stored = bind_tensors(file, config)
+        return Model(Weights(config, stored, [path], dtype=dtype, threads=threads, close=file.close))
     except BaseException:
         file.close()
         raise

@@ -58,7 +58,9 @@ def yarn_frequencies(config: Config) -> NDArray[np.float32]:
     high = min(math.ceil(index_of(config.rope_scaling_beta_slow)), n - 1)
     span = high - low if high != low else 0.001
     stretched = np.clip((np.arange(n // 2, dtype=np.float32) - np.float32(low)) / np.float32(span), 0, 1)
-    return frequencies / np.float32(config.rope_scaling_factor) * stretched + frequencies * (1 - stretched)
+    slow: NDArray[np.float32] = frequencies / np.float32(config.rope_scaling_factor)
+    blended: NDArray[np.float32] = slow * stretched + frequencies * (1 - stretched)
+    return blended
 
 
 def _geometric(theta: float, n: int) -> NDArray[np.float32]:

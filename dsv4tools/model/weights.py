@@ -18,7 +18,8 @@ from dsv4tools.formats.products import multiply_tile
 from dsv4tools.model.stored import Buffers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -39,13 +40,15 @@ class Weights:
         The structural values that the shapes follow from.
     dtype:
         float32 or float64: of all arrays that come out.
+    paths:
+        The files that they lie in.
     """
 
     def __init__(
-        self, config: Config, tensors: Mapping[str, StoredTensor], *, dtype: type[np.floating[Any]] = np.float32,
-        threads: int | None = None, close: Callable[[], None] | None = None,
+        self, config: Config, tensors: Mapping[str, StoredTensor], paths: Iterable[Path], *,
+        dtype: type[np.floating[Any]] = np.float32, threads: int | None = None, close: Callable[[], None] | None = None,
     ) -> None:
-        self.config, self.dtype = config, np.dtype(dtype)
+        self.config, self.dtype, self.paths = config, np.dtype(dtype), tuple(paths)
         self._tensors, self._threads, self._close = tensors, threads or usable_cpus(), close
         self._vectors: dict[str, Floats] = {}
         self._local, self._all_buffers = threading.local(), list[Buffers]()
