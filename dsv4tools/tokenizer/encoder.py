@@ -39,8 +39,8 @@ PRE_TOKENIZERS = {"joyai-llm": _DEEPSEEK, "deepseek-v3": _DEEPSEEK}
 # Text on which two ways of cutting differ if they differ for anything that people write: each class of characters in
 # the expressions, and all that the usual normalizers change.
 _PROBE = (
-    " don't .foo -Foo _bar x+=1; 1 12 123 1234567 ١٢٣٤ ½ Ⅳ ÄÖÜ e\u0301 \ufb01 \u1e9e"
-    " \u0939\u093f\u0928\u094d\u0926\u0940 漢字かなカナ々〆\u9fa6한국어 русский  a   b"
+    " don't .foo -Foo _bar x+=1; 1 12 123 1234567 ١٢٣٤ x²y ¼½¾⅓ Ⅳa ÄÖÜ e\u0301 \ufb01 \u1e9e"
+    " \u0939\u093f\u0928\u094d\u0926\u0940 漢字かなカナ々〆䶵一龥龦ぁゟ゠ヿㄅｱ한국어 русский  a   b"
     " \t\tc\u00a0d\u3000e\r\n\r\nf\n \n g \U0001f468\u200d\U0001f469 \u2764\ufe0f…“”€© ?!\n\nh \n  "
 )
 
