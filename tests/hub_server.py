@@ -20,14 +20,18 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_TestTokenThatNobodyMayEverSee"
+SIGNATURE = "SignedForThisClientOnly"
 _LFS_SUFFIXES = (".safetensors", "tokenizer.json", ".gguf", ".bin")
 _CHUNK = 1 << 16
+_UNWANTED = ("HF_", "HUGGING", "HTTP", "http", "ALL_PROXY", "all_proxy")   # variables that could lead elsewhere
 
 
 @dataclass
@@ -109,7 +113,7 @@ class HubServer:
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
-    def __enter__(self) -> HubServer:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -128,7 +132,7 @@ class HubServer:
 
     def environment(self, home: Path, **extra: str) -> dict[str, str]:
         """The variables of a process that knows no other Hub than this one. `home` is where it keeps its own files."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "HTTP", "http", "ALL_PROXY"))}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(_UNWANTED)}
         return kept | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
                        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", **extra}
 
@@ -280,7 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(302)
             for key, value in headers.items():
                 self.send_header(key, value)
-            self.send_header("Location", f"{self.hub.store_url}/cdn/{name}/{file}?X-Amz-Signature=SignedForThisClientOnly")
+            self.send_header("Location", f"{self.hub.store_url}/cdn/{name}/{file}?Signature={SIGNATURE}")
             self.send_header("Content-Length", "0")
             self.end_headers()
         else:

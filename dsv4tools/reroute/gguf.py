@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4tools.errors import Dsv4Error, InputError, UsageError, VerifyError
+from dsv4tools.errors import Dsv4Error, InputError, ResourceError, UsageError, VerifyError
 from dsv4tools.files import preallocate, pwrite_all
 from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
 from dsv4tools.gguf.reader import open_gguf
+from dsv4tools.lock import OutputLock
 from dsv4tools.outfile import check_not_input, check_place, check_space, complete_file, explained, partial_path
+from dsv4tools.output import working_paths
 from dsv4tools.plan import TEMPLATE_KEY
 from dsv4tools.reroute.directory import Rerouted
 from dsv4tools.reroute.effect import count_gguf, measure_effect
@@ -80,7 +83,7 @@ def reroute_gguf(
             announce(plan.n_bytes)
         cutters = {name: _make_cutter(file, name, plan) for name in plan.tables.values()}
         partial = partial_path(out)
-        with complete_file(out) as fd:
+        with _not_in_conversion(out), complete_file(out) as fd:
             with explained(partial):
                 preallocate(fd, plan.n_bytes)
             for name, tensor in plan.tensors.items():
@@ -100,6 +103,25 @@ def reroute_gguf(
         effect = measure_effect(count_gguf(file.tensors.values()), plan.experts, plan.tables, plan.n_layers)
     return Rerouted(out, effect, tuple(plan.tables.values()), {out.name: "rewritten"}, plan.n_bytes,
                     tuple(describe_repeats(cutters.values())))
+
+
+@contextlib.contextmanager
+def _not_in_conversion(out: Path) -> Iterator[None]:
+    """Keep conversions from writing `out`, and our hands from what an interrupted one will go on with."""
+    _, _, journal, lock_path = working_paths(out)
+    lock = OutputLock(lock_path)
+    try:
+        lock.acquire()
+    except ResourceError as e:
+        hint = "wait for it; if you are sure that it is gone, remove the file"
+        raise ResourceError(e.where, e.what, hint=hint) from None
+    try:
+        if journal.exists():
+            raise UsageError(journal, "is of an interrupted conversion to the same output",
+                             hint="continue it, or remove the journal, or choose another name")
+        yield
+    finally:
+        lock.release()
 
 
 def _make_plan(file: GgufFile, experts_per_token: int) -> _Plan:

@@ -1,0 +1,170 @@
+"""Killing a command at random moments, again and again, and looking at what is left each time.
+
+A subject says what is run, and what may be found after a kill. Processes are ready to work before the clock starts, so
+that the kills fall into the work and not into the loading of modules.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Protocol, Self
+
+import dsv4tools as dt
+from conftest import TINY_6E, checksums
+from dsv4tools.synthetic import write_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_ROOM_SECONDS = 300
+# Has the modules loaded and forks for every run, so that a kill falls into the work; leaves the dead to be asked for.
+_NURSERY = """
+import importlib, os, sys
+importlib.import_module("dsv4tools.cli." + sys.argv[1])
+from dsv4tools.cli.main import main
+while sys.stdin.readline():
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        main()
+    print(child, flush=True)
+    sys.stdin.readline()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Subject(Protocol):
+    """A command to be killed.
+
+    Attributes
+    ----------
+    arguments:
+        Of the command line, the command's name first.
+    """
+
+    arguments: list[str]
+
+    def look(self) -> str:
+        """What is there, in a word; AssertionError if it must not be so."""
+
+    def clean(self) -> None:
+        """Remove a whole result, so that there is work again. What kills left behind stays."""
+
+
+class RerouteDirectory:
+    """Re-routing a checkpoint: after a kill there is nothing under the result's name, or all of it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.source = write_checkpoint(directory / "source", TINY_6E, seed=7)
+        self.before = checksums(self.source)
+        self.out = directory / "result"
+        self.arguments = ["reroute", str(self.source), str(self.out), "--experts-per-token", "4"]
+        dt.reroute_checkpoint(self.source, directory / "expected", 4)
+        self.expected = checksums(directory / "expected")
+
+    def look(self) -> str:
+        assert checksums(self.source) == self.before, "the source was changed"
+        if not self.out.exists():
+            return "nothing"
+        assert checksums(self.out) == self.expected, "the result is not whole"
+        return "whole"
+
+    def clean(self) -> None:
+        for path in self.out.iterdir():
+            path.unlink()
+        self.out.rmdir()
+
+
+class RerouteGguf:
+    """Re-routing a GGUF: the same."""
+
+    def __init__(self, directory: Path) -> None:
+        checkpoint = write_checkpoint(directory / "checkpoint", TINY_6E, seed=7)
+        self.source, self.out = directory / "source.gguf", directory / "result.gguf"
+        dt.convert(dt.plan(dt.open_checkpoint(checkpoint), policy="q8"), self.source)
+        self.before = self.source.read_bytes()
+        self.arguments = ["reroute", str(self.source), str(self.out), "--experts-per-token", "4"]
+        dt.reroute_gguf(self.source, directory / "expected.gguf", 4)
+        self.expected = (directory / "expected.gguf").read_bytes()
+
+    def look(self) -> str:
+        assert self.source.read_bytes() == self.before, "the source was changed"
+        if not self.out.exists():
+            return "nothing"
+        assert self.out.read_bytes() == self.expected, "the result is not whole"
+        return "whole"
+
+    def clean(self) -> None:
+        self.out.unlink()
+
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {"reroute": RerouteDirectory, "reroute-gguf": RerouteGguf}
+
+
+def kill_often(subject: Subject, kills: int, seed: int = 0) -> Counter[str]:
+    """Kill `subject` at `kills` random moments of its work; how often what was found. In the end it must run through.
+
+    AssertionError if something is found that must not be, or if a run that nobody kills fails.
+    """
+    rng = random.Random(seed)
+    found: Counter[str] = Counter()
+    with Nursery(subject.arguments) as nursery:
+        seconds = min(_run_through(subject, nursery) for _ in range(2))   # the first one loads what is loaded late
+        for _ in range(kills):
+            child = nursery.begin()
+            time.sleep(rng.uniform(0, 1.1 * seconds))
+            os.kill(child, signal.SIGKILL)   # at worst a zombie: it is asked for only now
+            assert nursery.end() in {0, -signal.SIGKILL}
+            state = subject.look()
+            found[state] += 1
+            if state == "whole":
+                subject.clean()
+        _run_through(subject, nursery)
+    return found
+
+
+class Nursery:
+    """A process that runs a command again and again in children of its own."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._process = subprocess.Popen([sys.executable, "-c", _NURSERY, *arguments], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait(_ROOM_SECONDS)
+        self._process.stdout.close()
+
+    def begin(self) -> int:
+        """Start the command; the process id of the child that runs it."""
+        return int(self._ask())
+
+    def end(self) -> int:
+        """Wait for the child; its exit code, or minus the signal that killed it."""
+        return int(self._ask())
+
+    def _ask(self) -> str:
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+
+def _run_through(subject: Subject, nursery: Nursery) -> float:
+    """Seconds of a run that nobody kills; its result is looked at and removed."""
+    began = time.monotonic()
+    nursery.begin()
+    assert nursery.end() == 0
+    seconds = time.monotonic() - began
+    assert subject.look() == "whole"
+    subject.clean()
+    return seconds
