@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsv4tools.gguf.reader import GgufFile
     from dsv4tools.gguf.values import KV
 
+_TOKENS = "tokenizer.ggml.tokens"
 # Entries that a conversion decides anew; a template file's own are dropped.
 _RENEWED = ("general.file_type", "general.quantization_version", "general.quantized_by", "quantize.imatrix.",
             "dsv4tools.")
@@ -107,24 +108,25 @@ def _order_tensors(derived: Template, file: GgufFile) -> tuple[TemplateTensor, .
 
 
 def _check_identity(ours: Mapping[str, KV], file: GgufFile) -> bool:
-    """Refuse a file of another model; whether it brings a tokenizer."""
+    """Refuse a file of another model; whether it brings a tokenizer of its own, with other tokens."""
     architecture = ours["general.architecture"].value
     if not _agree(file.value("general.architecture"), architecture):
         raise InputError(f"{file.path}: key 'general.architecture'",
                          f"is {_shown(file.value('general.architecture'))}, the checkpoint is {architecture!r}")
-    if "tokenizer.ggml.tokens" in file.kvs:
-        if file.kvs["tokenizer.ggml.tokens"].item_type != "str":
-            raise InputError(f"{file.path}: key 'tokenizer.ggml.tokens'", "is no list of strings")
-        n_tokens, n_vocab = len(file.value("tokenizer.ggml.tokens")), len(ours["tokenizer.ggml.tokens"].value)
-        if n_tokens != n_vocab:
-            raise InputError(f"{file.path}: key 'tokenizer.ggml.tokens'",
-                             f"has {n_tokens} tokens, the checkpoint's vocabulary has {n_vocab}")
-    return "tokenizer.ggml.tokens" in file.kvs
+    if _TOKENS not in file.kvs:
+        return False
+    where = f"{file.path}: key {_TOKENS!r}"
+    if file.kvs[_TOKENS].item_type != "str":
+        raise InputError(where, "is no list of strings")
+    tokens, own = file.value(_TOKENS), ours[_TOKENS].value
+    if len(tokens) != len(own):
+        raise InputError(where, f"has {len(tokens)} tokens, the checkpoint's vocabulary has {len(own)}")
+    return bool(tokens != own)
 
 
 def _merge_entries(derived: Template, file: GgufFile) -> tuple[list[KV], list[str]]:
     ours = {kv.key: kv for kv in derived.kvs}
-    has_tokenizer = _check_identity(ours, file)
+    has_other_tokens = _check_identity(ours, file)
     architecture = ours["general.architecture"].value
     merged, notes = [], []
     for key, kv in file.kvs.items():
@@ -140,7 +142,8 @@ def _merge_entries(derived: Template, file: GgufFile) -> tuple[list[KV], list[st
         if (kv.type, kv.item_type) != (own.type, own.item_type):
             notes.append(f"{key} written as {own.item_type or own.type}, "
                          f"the template file has {kv.item_type or kv.type}")
-    wanted = (f"{architecture}.",) if has_tokenizer else (f"{architecture}.", "tokenizer.")
+    # What the checkpoint's tokenizer says of its tokens must not be mixed with others.
+    wanted = (f"{architecture}.",) if has_other_tokens else (f"{architecture}.", "tokenizer.")
     for key, own in ours.items():
         if key.startswith(wanted) and key not in file.kvs:
             merged.append(own)
