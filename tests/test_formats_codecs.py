@@ -228,17 +228,20 @@ def digest():
 
 
 def test_the_bytes_are_the_same_for_every_width_of_lanes():
+    from dsv4tools.formats.lanes import WIDTH  # noqa: PLC0415  - imports numba
+
+    own = str(WIDTH)
     code = "import test_formats_codecs as t; print(t.digest())"
-    here = str(Path(__file__).parent)
+    here, package = str(Path(__file__).parent), str(Path(codecs.__file__).parents[2])
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=here,
-            env={**os.environ, "DSV4TOOLS_LANES": width, "PYTHONPATH": os.pathsep.join([here, str(Path(here).parent)])},
+            env={**os.environ, "DSV4TOOLS_LANES": width, "PYTHONPATH": os.pathsep.join([here, package])},
         )
-        for width in ("8", "16", "32", "64")
+        for width in sorted({"8", "16", "32", "64"} - {own})
     ]  # fmt: skip
     found = [run.communicate()[0].strip() for run in runs]
-    assert found == [digest()] * 4
+    assert found == [digest()] * 3
 
 
 def test_a_width_that_is_none():

@@ -185,6 +185,16 @@ def test_the_key_depends_on_every_source(tmp_path, monkeypatch):
     assert key() not in keys
 
 
+def test_a_platform_that_does_not_know_its_processor(monkeypatch):
+    def unknown():
+        raise RuntimeError("failed to get host cpu features.")
+
+    assert compiled.host_features()
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", unknown)
+    assert compiled.host_features() == []
+    assert compiled.cache_key.__wrapped__() != compiled.cache_key()
+
+
 def test_caches_of_old_versions_go(cache):
     for i in range(9):
         (cache.parent / f"old{i}").mkdir(parents=True)

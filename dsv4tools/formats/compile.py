@@ -149,14 +149,24 @@ def cache_key() -> str:
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.glob("*.py")):
         digest.update(f"{path} {path.stat().st_mtime_ns}\n".encode() + path.read_bytes())
-    features = llvmlite.binding.get_host_cpu_features().flatten()
-    for part in (
-        numba.__version__, llvmlite.__version__, sys.version, platform.system(), platform.machine(),
-        numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name(), numba.config.CPU_FEATURES or features,
-        numba.config.OPT, lanes.WIDTH,
-    ):  # fmt: skip
+    processor = (
+        numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name(),
+        numba.config.CPU_FEATURES or ",".join(host_features()),
+    )
+    versions = (numba.__version__, llvmlite.__version__, sys.version, platform.system(), platform.machine())
+    for part in (*versions, *processor, numba.config.OPT, lanes.WIDTH):
         digest.update(f"{part}\n".encode())
     return digest.hexdigest()[:20]
+
+
+def host_features() -> list[str]:
+    """What LLVM knows about this processor: "+avx2" ... ; nothing on platforms where it cannot ask."""
+    import llvmlite.binding  # noqa: PLC0415  - see `kernel`
+
+    try:
+        return sorted(llvmlite.binding.get_host_cpu_features().flatten().split(","))
+    except RuntimeError:
+        return []
 
 
 def _entry_of(module: str) -> Path:

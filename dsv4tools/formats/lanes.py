@@ -19,14 +19,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.typeconv import Conversion
 from numba.extending import lower_builtin, lower_cast, models, register_model, type_callable
 
 from dsv4tools.errors import UsageError
-from dsv4tools.formats.compile import helper, instruction
+from dsv4tools.formats.compile import helper, host_features, instruction
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,8 +39,7 @@ def _choose_width() -> int:
         if chosen not in ("8", "16", "32", "64"):
             raise UsageError("DSV4TOOLS_LANES", f"found {chosen!r}, expected 8, 16, 32 or 64")
         return int(chosen)
-    features = binding.get_host_cpu_features()
-    return 64 if features.get("avx512f") else 16
+    return 64 if "+avx512f" in host_features() else 16
 
 
 WIDTH = _choose_width()
