@@ -91,12 +91,12 @@ def test_a_right_file(source, right, dsv4tools):
     ended = dsv4tools("verify", right)
     assert (ended.code, ended.err) == (0, "")
     n_bytes = right.stat().st_size
-    assert re.fullmatch(r".*right\.gguf: right: 92 tensors, [\d.]+ MB \([\d.]+ MiB\)\n", ended.out)
+    assert re.fullmatch(r".*right\.gguf: right: 92 tensors, [\d.]+ MB \([\d.]+ MiB\)", ended.out.splitlines()[-1])
     ended = dsv4tools("verify", right, "--source", source)
     assert (ended.code, ended.err) == (0, "")
     assert "92 of 92 tensors are what the source gives, byte for byte" in ended.out
     data = dsv4tools("verify", right, "--source", source, "--json").data
-    assert data.keys() == {"path", "ok", "template", "n_tensors", "n_bytes", "findings", "tensors"}
+    assert data.keys() == {"path", "ok", "template", "n_tensors", "n_bytes", "findings", "tensors", "engines"}
     assert (data["ok"], data["template"], data["n_tensors"], data["n_bytes"]) == (True, None, 92, n_bytes)
     assert data["findings"] == []
     assert {t["name"]: t["n_bytes"] for t in data["tensors"]} == {n: size for n, (_, size) in positions(right).items()}

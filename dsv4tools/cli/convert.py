@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv4tools.cli.engines import engine_option, say_verdicts
+from dsv4tools.cli.engines import engine_option, show_summaries
 from dsv4tools.cli.output import (
     EPILOG,
     announce_compilation,
@@ -86,7 +86,8 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
         show_json(report) if as_json else _show_plan(plan, report, verdicts)
         require_engines(plan, verdicts, asked)
         return
-    say_verdicts(verdicts)
+    if not as_json:
+        show_summaries(verdicts)
     require_engines(plan, verdicts, asked)
     if chosen is None:
         check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
@@ -159,5 +160,4 @@ def _show_plan(plan: Plan, report: dict[str, object], verdicts: Sequence[Verdict
     show(f"time           about {seconds} with {report['threads']} threads, an estimate")
     if plan.nan == "zero":
         show("values         that are not finite are converted to 0 and counted")
-    for verdict in verdicts:
-        show(f"engine         {verdict.summary}")
+    show_summaries(verdicts)

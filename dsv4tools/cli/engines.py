@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dsv4tools.cli.output import say, show
+from dsv4tools.cli.output import show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ def show_verdicts(verdicts: Sequence[Verdict]) -> None:
             show(f"    {finding.severity}: {finding.text}; {finding.remedy}")
 
 
-def say_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """One line per engine, for the person who waits for the conversion."""
+def show_summaries(verdicts: Sequence[Verdict]) -> None:
+    """One line per engine."""
     for verdict in verdicts:
-        say(verdict.summary)
+        show(f"engine         {verdict.summary}")

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from dsv4tools.plan import Plan
 
 SPLIT_COUNT = "split.count"
+_IN_NO_SHAPE = frozenset({
+    "max_position_embeddings", "num_key_value_heads", "qk_rope_head_dim", "sliding_window", "index_topk",
+    "hc_sinkhorn_iters", "num_nextn_predict_layers", "rope_scaling_original_max_position_embeddings",
+})
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ def value_type(kv: KV) -> str:
 def read_dimensions(header: Header, profile: Profile) -> Config | None:
     """What tensor shapes are made of, as the metadata say it, whatever types they say it in.
 
-    A `Config` in which only integers and compress_ratios are filled in; None where one of them is missing, is not a
-    whole number, or differs between layers.
+    A `Config` in which only whole numbers and compress_ratios are filled in; None where one that a shape needs is
+    missing, is no whole number, or differs between layers.
     """
     tables = load_tables(profile.tables)
     values: dict[str, Any] = {f.name: None for f in fields(Config)}
@@ -83,17 +87,15 @@ def read_dimensions(header: Header, profile: Profile) -> Config | None:
             values[name] = value
         elif name == "compress_ratios" and isinstance(value, list):
             values[name] = tuple(value)
-    vocabulary = header.values.get(profile.vocabulary, values["vocab_size"])
-    tokens = header.values.get("tokenizer.ggml.tokens", ())
-    values["vocab_size"] = vocabulary if type(vocabulary) is int else len(vocabulary or tokens)
-    # What no shape is made of may be missing: the profile's own rules see to it.
-    free = {"max_position_embeddings", "num_key_value_heads", "qk_rope_head_dim", "sliding_window", "index_topk",
-            "hc_sinkhorn_iters", "num_nextn_predict_layers",
-            "rope_scaling_original_max_position_embeddings"}
+    for key in (profile.key(profile.vocabulary), f"{tables.architecture}.vocab_size", "tokenizer.ggml.tokens"):
+        vocabulary = header.values.get(key)
+        values["vocab_size"] = len(vocabulary) if isinstance(vocabulary, list) else vocabulary
+        if type(values["vocab_size"]) is int:
+            break
+    else:
+        return None
     ratios, n_layers = values["compress_ratios"], values["num_hidden_layers"]
-    if any(values[name] is None for name in whole - free) or ratios is None or len(ratios) < n_layers \
-            or not set(ratios[:n_layers]) <= set(tables.overlaps):
+    if any(values[name] is None for name in whole - _IN_NO_SHAPE) or ratios is None or values["o_groups"] == 0:
         return None
-    if values["o_groups"] == 0:
-        return None
-    return Config(**values)
+    known = len(ratios) >= n_layers and set(ratios[:n_layers]) <= set(tables.overlaps)
+    return Config(**values) if known else None

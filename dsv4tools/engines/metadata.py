@@ -79,9 +79,9 @@ def judge_shape(metadata: Metadata) -> tuple[Shape | None, EngineFinding | None]
     if len(different) > _LISTED:
         listed.append(f"{len(different) - _LISTED} more")
     where = profile.key(name) if len(different) == 1 else "model shape"
-    return shape, EngineFinding(
-        "refuse", where, f"not a {either(map(_short, profile.shape))} shape", f"{', '.join(listed)} as in {_short(shape)}",
-        message, remedy="no setting changes that: use an engine that loads it")
+    return shape, EngineFinding("refuse", where, f"not a {either(map(_short, profile.shape))} shape",
+                                f"{', '.join(listed)} as in {_short(shape)}", message,
+                                remedy="no setting changes that: use an engine that loads it")
 
 
 def _short(shape: Shape) -> str:

@@ -84,4 +84,5 @@ def verify(
 
 
 def _is_deepseek4(file: GgufFile) -> bool:
-    return bool(file.value("general.architecture") == load_tables().architecture)
+    architecture = file.value("general.architecture")
+    return isinstance(architecture, str) and architecture == load_tables().architecture
