@@ -101,6 +101,11 @@ def test_without_ids_results_stay_as_they_came():
     assert last_turn(messages) == results("2", "1")
 
 
+def test_a_call_without_id_is_nobodys():
+    messages = [user(), assistant(tool_calls=calls("x", "")), tool("n", ""), tool("1", "x")]
+    assert last_turn(messages) == results("n", "1")
+
+
 def test_an_id_may_stand_in_the_function():
     made = [{"function": {"name": "f", "arguments": "{}", "id": i}} for i in "xy"]
     assert last_turn([user(), assistant(tool_calls=made), tool("2", "y"), tool("1", "x")]) == results("1", "2")
@@ -152,6 +157,17 @@ def test_tools_anywhere_keep_all_reasoning(role):
     assert "<think>s</think>" in prompt
 
 
+def developer(text):
+    return {"role": "developer", "content": text}
+
+
+def test_a_developer_is_dropped_only_before_the_last_question_and_only_with_the_reasoning():
+    messages = [developer("x"), developer("y")]
+    assert encode_messages(messages, "thinking") == f"{BOS}{USER}y{ASSISTANT}<think>"
+    assert encode_messages(messages, "thinking", drop_thinking=False) == f"{BOS}{USER}x{USER}y{ASSISTANT}<think>"
+    assert encode_messages(messages, "chat") == f"{BOS}{USER}x{USER}y{ASSISTANT}</think>"
+
+
 def test_tools_in_the_context_keep_all_reasoning():
     context = [{"role": "system", "content": "", "tools": TOOLS}]
     assert "<think>r</think>" in encode_messages(THOUGHT, "thinking", context=context)
@@ -163,7 +179,7 @@ def test_tools_of_a_user_say_nothing():
 
 def test_a_developer_of_the_context_takes_no_message_with_it():
     # The published encoder counts the context's turns by its own last question, and renders none of the messages here.
-    context = [{"role": "developer", "content": "d"}, assistant("x")]
+    context = [developer("d"), assistant("x")]
     assert encode_messages([user("b")], "thinking", context=context) == f"{USER}b{ASSISTANT}<think>"
 
 

@@ -111,6 +111,7 @@ PARAMETER = f'<{DSML}parameter name="a" string="true">v</{DSML}parameter>\n'
     ('string="true"', 'string="yes"', "at character 61: found parameter ' name=\"a\" string=\"yes\">v', expected"),
     (PARAMETER, f"v{PARAMETER}", "at character 34: found tool name ' name=\"f\">\\nv', expected"),
     (f"3</{DSML}parameter>\n</", f"3</{DSML}parameter></", "found '>', expected '>' and a new line"),
+    (f"3</{DSML}parameter>\n", "3", "found parameter ' name=\"b\" string=\"false\">3</｜DSML｜invoke>"),
     (f"</{DSML}tool_calls>", "", f"at the end: expected <{DSML}invoke or </{DSML}tool_calls> before it"),
     (f"</{DSML}invoke>\n", "", f"at the end: expected <{DSML}parameter or </{DSML}invoke before it"),
     (EOS, "", f"at the end: expected {EOS} before it; was the completion cut off?"),
@@ -134,6 +135,11 @@ def test_a_call_without_parameters_may_have_an_empty_line():
 def test_reasoning_must_end_before_a_tool_block():
     with pytest.raises(InputError, match="expected </think> before it"):
         parse_message_from_completion_text("thinking aloud" + BLOCK, "thinking")
+
+
+def test_a_special_token_in_the_reasoning():
+    with pytest.raises(InputError, match="completion: found special token '<think>' in the reasoning"):
+        parse_message_from_completion_text(f"<think>so</think>x{EOS}", "thinking")
 
 
 def test_unknown_thinking_mode():

@@ -136,6 +136,14 @@ def test_letters_are_the_librarys():
         assert letters == "".join(piece for piece, _ in pre.pre_tokenize_str(text))
 
 
+def test_an_added_token_is_its_text_even_if_it_looks_like_bytes(tmp_path, config):
+    added = make_tokenizer(512)["added_tokens"]
+    added[5] |= {"content": "<é>"}   # the letter é stands for the byte 0xE9 in other tokens
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, 512, config=config, added_tokens=added))
+    assert tokenizer.encode("é<é>")[-1] == tokenizer.token_id("<é>")
+    assert tokenizer.decode(tokenizer.encode("é<é>")) == "é<é>"
+
+
 def test_unused_ids_say_nothing(sides):
     library, tokenizer, _ = sides
     unused = [i for i in range(tokenizer.n_tokens) if library.id_to_token(i) is None]
@@ -349,6 +357,14 @@ def test_a_gguf_without_special_ids_and_with_the_other_names(tmp_path, entries):
     tokenizer = load_tokenizer(write_gguf(tmp_path / "x.gguf", entries))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
     assert tokenizer.decode(tokenizer.encode(" the <think>")) == " the <think>"
+
+
+def test_unused_ids_of_a_gguf_may_have_any_text(tmp_path, entries):
+    tokens = next(kv.value for kv in entries if kv.key.endswith("tokens"))
+    first, second, *_ = (i for i, token in enumerate(tokens) if token.startswith("[PAD"))
+    tokenizer = load_tokenizer(write_gguf(
+        tmp_path / "x.gguf", changed(changed(entries, "tokens", at=first, to=""), "tokens", at=second, to="!")))
+    assert tokenizer.decode([first, second, *tokenizer.encode("!")]) == "!"
 
 
 def test_a_later_part_of_a_split_set(tmp_path):

@@ -113,6 +113,4 @@ class TextStream:
 
     def finish(self) -> str:
         """What was held back: U+FFFD for a character that was never completed. The stream can be used again."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+        return self._decoder.decode(b"", final=True)
