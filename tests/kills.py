@@ -15,8 +15,9 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Protocol, Self
 
-import dsv4tools as dt
 from conftest import TINY_6E, checksums
+
+import dsv4tools as dt
 from dsv4tools.synthetic import write_checkpoint
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ while sys.stdin.readline():
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-        main()
+        try:
+            main()
+        except SystemExit as end:
+            os._exit(end.code)   # at once: what the interpreter does at its end is no part of the work
     print(child, flush=True)
     sys.stdin.readline()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
