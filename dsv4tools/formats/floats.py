@@ -19,13 +19,14 @@ from dsv4tools.formats.bits import (
     store_u32,
 )
 from dsv4tools.formats.compile import helper, kernel
+from dsv4tools.formats.lanes import aligned
 from dsv4tools.formats.tiles import (
     DECODE,
     DECODE_SOURCE,
     ENCODE,
     N_TARGET,
     TARGET_OVERFLOW,
-    encode_tiles,
+    fill_tile,
     load_tile,
     note_fault,
     note_source_faults,
@@ -38,44 +39,10 @@ _TILE = 4096
 
 
 @helper
-def _to_f32(
-    tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
-) -> None:
-    for i in range(count):
-        store_u32(out, at + 4 * i, float_bits(tile[i]))
-
-
-@helper
-def _to_f16(
-    tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
-) -> None:
-    largest = np.uint16(0)
-    for i in range(count):
-        half = float_to_f16(tile[i])
-        largest = max(largest, np.uint16(half & 0x7FFF))
-        store_u16(out, at + 2 * i, half)
-    if largest >= 0x7C00:
-        _note_overflow(out, count, first, at, 0x7C00, faults)
-
-
-@helper
-def _to_bf16(
-    tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
-) -> None:
-    largest = np.uint16(0)
-    for i in range(count):
-        bits = float_to_bf16(tile[i])
-        largest = max(largest, np.uint16(bits & 0x7FFF))
-        store_u16(out, at + 2 * i, bits)
-    if largest >= 0x7F80:
-        _note_overflow(out, count, first, at, 0x7F80, faults)
-
-
-@helper
-def _note_overflow(out: Bytes, count: int, first: int, at: int, infinity: int, faults: FaultSlots) -> None:
-    for i in range(count):
-        if load_u16(out, at + 2 * i) & 0x7FFF == infinity:
-            note_fault(faults, N_TARGET, TARGET_OVERFLOW, first + i, 1)
+def _note_overflow(out: Bytes, first: int, count: int, infinity: int, faults: FaultSlots) -> None:
+    for i in range(first, first + count):
+        if load_u16(out, 2 * i) & 0x7FFF == infinity:
+            note_fault(faults, N_TARGET, TARGET_OVERFLOW, i, 1)
 
 
 @kernel(ENCODE)
@@ -83,7 +50,10 @@ def encode_f32(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
 ) -> None:
     """Rows of any source to F32."""
-    encode_tiles(_to_f32, _TILE, 1, 4, kind, shape, data, scales, importance, out, faults)
+    tile = aligned(_TILE)
+    for first in range(0, shape[0] * shape[1], _TILE):
+        for i in range(fill_tile(kind, shape, data, scales, first, tile, faults)):
+            store_u32(out, 4 * (first + i), float_bits(tile[i]))
 
 
 @kernel(ENCODE)
@@ -91,7 +61,16 @@ def encode_f16(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
 ) -> None:
     """Rows of any source to F16."""
-    encode_tiles(_to_f16, _TILE, 1, 2, kind, shape, data, scales, importance, out, faults)
+    tile = aligned(_TILE)
+    for first in range(0, shape[0] * shape[1], _TILE):
+        count = fill_tile(kind, shape, data, scales, first, tile, faults)
+        largest = np.uint16(0)
+        for i in range(count):
+            half = float_to_f16(tile[i])
+            largest = max(largest, np.uint16(half & 0x7FFF))
+            store_u16(out, 2 * (first + i), half)
+        if largest >= 0x7C00:
+            _note_overflow(out, first, count, 0x7C00, faults)
 
 
 @kernel(ENCODE)
@@ -99,7 +78,16 @@ def encode_bf16(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
 ) -> None:
     """Rows of any source to BF16."""
-    encode_tiles(_to_bf16, _TILE, 1, 2, kind, shape, data, scales, importance, out, faults)
+    tile = aligned(_TILE)
+    for first in range(0, shape[0] * shape[1], _TILE):
+        count = fill_tile(kind, shape, data, scales, first, tile, faults)
+        largest = np.uint16(0)
+        for i in range(count):
+            bits = float_to_bf16(tile[i])
+            largest = max(largest, np.uint16(bits & 0x7FFF))
+            store_u16(out, 2 * (first + i), bits)
+        if largest >= 0x7F80:
+            _note_overflow(out, first, count, 0x7F80, faults)
 
 
 @kernel(DECODE)

@@ -27,7 +27,7 @@ from dsv4tools.formats.lanes import (
     where,
 )
 from dsv4tools.formats.search import fit_positive, search_scale_and_min
-from dsv4tools.formats.tiles import BLOCK_OVERFLOW, DECODE, ENCODE, N_TARGET, encode_tiles, note_fault
+from dsv4tools.formats.tiles import BLOCK_OVERFLOW, DECODE, ENCODE, N_TARGET, fill_tile, note_fault
 
 if TYPE_CHECKING:
     from dsv4tools.formats.lanes import Lanes
@@ -183,35 +183,37 @@ def _encode_lanes(x: Floats, q: Floats, weighted: bool, blocks: Bytes) -> bool:
 
 
 @helper
-def _encode_tile(
-    tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
-) -> None:
-    """Encode the blocks of a tile, one per lane; lanes without a block hold zeros."""
-    x, q = aligned(_TILE), aligned(_TILE)
-    blocks = aligned(BYTES // 4 * WIDTH).view(np.uint8)
-    n_blocks = count // VALUES
-    _to_lanes(tile, x)
-    weighted = importance.size > 0
-    if weighted:
-        for k in range(WIDTH):
-            column = (first + VALUES * k) % n_cols
-            tile[VALUES * k : VALUES * k + VALUES] = importance[column : column + VALUES]
-        _to_lanes(tile, q)
-    finite = _encode_lanes(x, q, weighted, blocks)
-    out[at : at + BYTES * n_blocks] = blocks[: BYTES * n_blocks]
-    if not finite:
-        for k in range(n_blocks):
-            d, dmin = load_u16(blocks, BYTES * k) & 0x7FFF, load_u16(blocks, BYTES * k + 2) & 0x7FFF
-            if max(d, dmin) >= 0x7C00:
-                note_fault(faults, N_TARGET, BLOCK_OVERFLOW, first + VALUES * k, 1)
+def _gather_importance(importance: Floats, first: int, n_cols: int, tile: Floats) -> None:
+    """The weights of the columns of as many values as a tile has, the first of which is value `first`."""
+    for k in range(WIDTH):
+        column = (first + VALUES * k) % n_cols
+        for i in range(VALUES):
+            tile[VALUES * k + i] = importance[column + i]
 
 
 @kernel(ENCODE)
 def encode(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
 ) -> None:
-    """Rows of any source to Q4_K, with an importance vector or without."""
-    encode_tiles(_encode_tile, _TILE, VALUES, BYTES, kind, shape, data, scales, importance, out, faults)
+    """Rows of any source to Q4_K, with an importance vector or without. Lanes without a block hold zeros."""
+    weighted = importance.size > 0
+    tile, x, q = aligned(_TILE), aligned(_TILE), aligned(_TILE)
+    blocks = aligned(BYTES // 4 * WIDTH).view(np.uint8)
+    for first in range(0, shape[0] * shape[1], _TILE):
+        n_blocks = fill_tile(kind, shape, data, scales, first, tile, faults) // VALUES
+        _to_lanes(tile, x)
+        if weighted:
+            _gather_importance(importance, first, shape[1], tile)
+            _to_lanes(tile, q)
+        finite = _encode_lanes(x, q, weighted, blocks)
+        start = first // VALUES * BYTES
+        for i in range(n_blocks * BYTES):
+            out[start + i] = blocks[i]
+        if not finite:
+            for k in range(n_blocks):
+                d, dmin = load_u16(blocks, BYTES * k) & 0x7FFF, load_u16(blocks, BYTES * k + 2) & 0x7FFF
+                if max(d, dmin) >= 0x7C00:
+                    note_fault(faults, N_TARGET, BLOCK_OVERFLOW, first + VALUES * k, 1)
 
 
 @kernel(DECODE)

@@ -8,8 +8,8 @@ import numpy as np
 
 from dsv4tools.formats.bits import bits_float, f16_to_float, float_to_f16, load_u16, store_u16
 from dsv4tools.formats.compile import helper, kernel
-from dsv4tools.formats.lanes import absolute, bits_of, largest_of, load_lanes, store, to_byte, truncated, where
-from dsv4tools.formats.tiles import BLOCK_OVERFLOW, DECODE, ENCODE, N_TARGET, encode_tiles, note_fault
+from dsv4tools.formats.lanes import absolute, aligned, bits_of, largest_of, load_lanes, store, to_byte, truncated, where
+from dsv4tools.formats.tiles import BLOCK_OVERFLOW, DECODE, ENCODE, N_TARGET, fill_tile, note_fault
 
 if TYPE_CHECKING:
     from dsv4tools.formats.tiles import Bytes, FaultSlots, Floats, Shape
@@ -42,21 +42,17 @@ def _encode_block(tile: Floats, start: int, out: Bytes, at: int) -> bool:
     return bool(half < 0x7C00)
 
 
-@helper
-def _encode_tile(
-    tile: Floats, count: int, first: int, n_cols: int, importance: Floats, out: Bytes, at: int, faults: FaultSlots
-) -> None:
-    for block in range(count // VALUES):
-        if not _encode_block(tile, VALUES * block, out, at + BYTES * block):
-            note_fault(faults, N_TARGET, BLOCK_OVERFLOW, first + VALUES * block, 1)
-
-
 @kernel(ENCODE)
 def encode(
     kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots
 ) -> None:
     """Rows of any source to Q8_0."""
-    encode_tiles(_encode_tile, _TILE, VALUES, BYTES, kind, shape, data, scales, importance, out, faults)
+    tile = aligned(_TILE)
+    for first in range(0, shape[0] * shape[1], _TILE):
+        count = fill_tile(kind, shape, data, scales, first, tile, faults)
+        for start in range(0, count, VALUES):
+            if not _encode_block(tile, start, out, (first + start) // VALUES * BYTES):
+                note_fault(faults, N_TARGET, BLOCK_OVERFLOW, first + start, 1)
 
 
 @kernel(DECODE)

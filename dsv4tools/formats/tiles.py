@@ -1,8 +1,8 @@
 """From source bytes to encoded blocks, one cache-resident tile at a time.
 
-Rows are whole numbers of blocks, so a run of rows is one long sequence of values. A tile of it is decoded to float32,
-looked over for faults, and handed to the encoder of the target format. Decoders and encoders meet here only: every
-source works with every target, and neither knows the other.
+Rows are whole numbers of blocks, so a run of rows is one long sequence of values. An encoder fills a tile with the
+next of them, which decodes them to float32 and looks them over for faults, and encodes it. Sources and targets meet in
+that tile only: every source works with every target, and neither knows the other.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from dsv4tools.formats.lanes import (
 from dsv4tools.formats.source import FaultKind, SourceKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     Bytes = NDArray[np.uint8]
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int32]
     FaultSlots = NDArray[np.int64]
     Shape = tuple[int, int, int, int, int]
-    EncodeTile = Callable[[Floats, int, int, int, Floats, Bytes, int, FaultSlots], None]
 
 F32, F16, BF16, FP8, FP4 = (int(kind) for kind in SourceKind)
 NAN_SCALE, NAN_CODE, NOT_FINITE, SCALED_OVERFLOW, TARGET_OVERFLOW, BLOCK_OVERFLOW = (int(kind) for kind in FaultKind)
@@ -192,21 +189,17 @@ def note_source_faults(
                 tile[i] = np.float32(0.0)
 
 
-@helper
-def encode_tiles(
-    encode: EncodeTile, tile_values: int, block_values: int, block_bytes: int,
-    kind: int, shape: Shape, data: Bytes, scales: Bytes, importance: Floats, out: Bytes, faults: FaultSlots,
-) -> None:  # fmt: skip
-    """Encode a run of rows, `tile_values` (a whole number of blocks) at a time.
+@routine
+def fill_tile(
+    kind: int, shape: Shape, data: Bytes, scales: Bytes, first: int, tile: Floats, faults: FaultSlots
+) -> int:
+    """Decode a run of rows from value `first` on, as far as it or `tile` reaches; how many values that were.
 
-    ``encode(tile, count, first, n_cols, importance, out, at, faults)`` turns ``tile[:count]``, the values from flat
-    index `first` on, into blocks at byte `at` of `out`. The tile is `tile_values` long; beyond `count` it is zero.
+    Values that are faults of the source are counted and become +0.0, as does the rest of the tile.
     """
-    n_values = shape[0] * shape[1]
-    tile = np.empty(tile_values, np.float32)
-    for first in range(0, n_values, tile_values):
-        count = min(tile_values, n_values - first)
-        if not load_tile(kind, shape, data, scales, first, count, tile):
-            note_source_faults(kind, shape, data, scales, first, count, tile, True, faults)
-        tile[count:] = np.float32(0.0)
-        encode(tile, count, first, shape[1], importance, out, first // block_values * block_bytes, faults)
+    count = min(tile.size, shape[0] * shape[1] - first)
+    if not load_tile(kind, shape, data, scales, first, count, tile):
+        note_source_faults(kind, shape, data, scales, first, count, tile, True, faults)
+    for i in range(count, tile.size):
+        tile[i] = np.float32(0.0)
+    return count
