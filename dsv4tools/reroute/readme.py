@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsv4tools.errors import InputError
 
@@ -28,7 +28,7 @@ def edit_readme(text: str, base_model: str | None, before: int, after: int, wher
             newline.join(("---", f"base_model: {base_model}", "---", ""))
     if head and not head.endswith("\n"):
         head += newline
-    origin = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
+    origin = f" from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     note = (f"> **Re-routed{origin} with dsv4tools: {after} experts per token instead of {before}.** "
             f"Changed are `num_experts_per_tok` and the tables `ffn.gate.tid2eid`, which keep their first {after} "
             f"columns; every other weight is as it was.")
@@ -56,8 +56,16 @@ def _set_base_model(front: str, base_model: str, newline: str, where: object) ->
     return front.rstrip("\r\n") + newline + line
 
 
-def _spans(node: object, key: str) -> Iterator[tuple[int, int]]:
+def _spans(node: Any, key: str) -> Iterator[tuple[int, int]]:  # noqa: ANN401  - a node, yaml is imported late
     """Where the entries of `key` begin and end in the text of a YAML mapping."""
-    for name, value in node.value:  # type: ignore[attr-defined]  # a MappingNode, yaml is imported late
+    for name, value in node.value:
         if name.value == key:
-            yield name.start_mark.index, value.end_mark.index
+            yield name.start_mark.index, _end(value)
+
+
+def _end(node: Any) -> int:  # noqa: ANN401  - a node, yaml is imported late
+    """Where the text of a YAML node ends. A block's own mark is at the next token, behind comments that are not its."""
+    if isinstance(node.value, list) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    return int(node.end_mark.index)

@@ -62,6 +62,7 @@ def write_narrow_shard(
     """Write the file that `plan` describes to `fd`, in chunks; errors of `Shard.read_into` and `TableCutter.cut`."""
     buffer = memoryview(bytearray(CHUNK_BYTES))
     pwrite_all(fd, memoryview(plan.header), 0)
+    progress(len(plan.header))
     position = len(plan.header)
     for name, tensor in _in_file_order(plan.shard):
         for data in read_chunks(plan.shard, tensor, buffer, cutters.get(name)):
