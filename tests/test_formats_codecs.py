@@ -139,6 +139,12 @@ def test_arguments_that_are_wrong():
         quantize(x, "Q4_K", np.full(256, -1, np.float32))
 
 
+def test_the_fault_slots_of_kernels():
+    from dsv4tools.formats import tiles  # noqa: PLC0415  - imports numba
+
+    assert codecs._N_FAULT_SLOTS == tiles.N_FAULT_SLOTS
+
+
 def test_importing_costs_no_compiler():
     code = "import sys, dsv4tools.formats.codecs; print({'numba', 'llvmlite'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"

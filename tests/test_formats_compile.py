@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import shutil
 import sys
+import tempfile
 import threading
 
 import numba
@@ -136,6 +138,22 @@ def test_a_full_disk(cache, caplog):
     assert load() == FROM_CACHE
 
 
+def test_a_cache_that_can_be_read_only(cache, caplog, monkeypatch):
+    """numba would fall back on a cache beside the sources, whose entries nobody checks."""
+    load()
+    temporary_file = tempfile.TemporaryFile
+
+    def read_only(*args, **options):
+        if str(cache) in options["dir"]:
+            raise PermissionError("read-only file system")
+        return temporary_file(*args, **options)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    assert load() == COMPILED
+    assert "cannot be written" in caplog.text
+    assert "for this process only" in caplog.text
+
+
 def test_another_process_that_was_faster(cache, caplog, monkeypatch):
     load()
     whole = contents(cache / "small_kernel")
@@ -198,8 +216,12 @@ def test_a_platform_that_does_not_know_its_processor(monkeypatch):
 def test_caches_of_old_versions_go(cache):
     for i in range(9):
         (cache.parent / f"old{i}").mkdir(parents=True)
+    killed, building = cache / ".small_kernel.killed", cache / ".small_kernel.building"
+    killed.mkdir(parents=True)
+    building.mkdir()
+    os.utime(killed, (0, 0))
     load()
-    assert cache.exists()
+    assert (killed.exists(), building.exists(), cache.exists()) == (False, True, True)
     assert len(list(cache.parent.iterdir())) == 1 + compiled._KEPT_KEYS
 
 

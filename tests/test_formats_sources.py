@@ -301,6 +301,9 @@ BAD_SOURCES = {
     "many scale columns": lambda: fp8(np.zeros((1, 256), np.uint8), np.zeros((1, 3), np.uint8)),
     "scale type": lambda: fp8(np.zeros((1, 256), np.uint8), np.zeros((1, 2), np.float32)),
     "scale block": lambda: fp8(np.zeros((1, 256), np.uint8), np.zeros((1, 2), np.uint8), scale_cols=0),
+    "a size that overflows": lambda: fp8(
+        np.zeros((1, 256), np.uint8), np.zeros((1, 2), np.uint8), scale_rows=2**63 - 1, first_row=2**63 - 2
+    ),
     "first_row": lambda: fp8(np.zeros((1, 256), np.uint8), np.zeros((1, 2), np.uint8), first_row=-1),
     "half a pair": lambda: SourceRows(
         SourceKind.FP4, np.zeros(127, np.uint8), 1, 255, np.zeros((1, 8), np.uint8), 1, 32

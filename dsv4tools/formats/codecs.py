@@ -49,6 +49,7 @@ USES_IMPORTANCE = frozenset(name for name, codec in _CODECS.items() if codec.use
 
 _NO_SCALES = np.zeros((1, 1), np.uint8)
 _NO_IMPORTANCE = np.zeros(0, np.float32)
+_LARGEST = 2**40   # of any size: products and sums of two stay far inside int64
 _N_FAULT_SLOTS = 4   # tiles.N_FAULT_SLOTS; importing it here would import numba
 
 
@@ -286,7 +287,8 @@ def _share(work: Any, n_rows: int, threads: int) -> list[Any]:
 def _check_source(source: SourceRows) -> tuple[int, int, int, int, int]:
     """The `shape` argument of kernels; InputError unless every byte that a kernel will read is there."""
     kind, n_rows, n_cols = source.kind, source.n_rows, source.n_cols
-    if min(n_rows, n_cols, source.first_row) < 0 or min(source.scale_rows, source.scale_cols) < 1:
+    sizes = (n_rows, n_cols, source.scale_rows, source.scale_cols, source.first_row)
+    if min(sizes) < 0 or min(source.scale_rows, source.scale_cols) < 1 or max(sizes) > _LARGEST:
         raise InputError("source", f"impossible shape: {_shape_of(source)}")
     n_bits = n_rows * n_cols * SOURCE_BITS[kind]
     if kind is SourceKind.FP4 and (n_cols % 2 or source.scale_cols % 2):
@@ -305,7 +307,7 @@ def _check_source(source: SourceRows) -> tuple[int, int, int, int, int]:
             found = "none" if scales is None else _describe(scales)
             expected = f"uint8 [{needed[0]} or more, {needed[1]}] for {_shape_of(source)}"
             raise InputError("source.scales", f"found {found}, expected {expected}")
-    return n_rows, n_cols, source.scale_rows, source.scale_cols, source.first_row
+    return sizes
 
 
 def _scales(source: SourceRows) -> NDArray[np.uint8]:

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parent
 _MANIFEST = "manifest.json"
 _KEPT_KEYS = 6   # caches of other versions, lane widths or processors (shared home directories) that are left alone
+_BUILD_SECONDS = 3600   # no build takes longer
 
 _lock = threading.RLock()
 _entry: Path | None = None             # where kernels that are being declared keep their machine code
@@ -185,8 +186,10 @@ def _import(name: str, entry: Path | None) -> ModuleType:
         if entry is not None:
             numba.config.CACHE_DIR = str(entry)
         module = importlib.import_module(name)
-        if entry is not None and any(k.stats.cache_misses for k in _declared):
-            _write_manifest(entry)
+        if entry is not None:
+            _check_place(entry)
+            if any(k.stats.cache_misses for k in _declared):
+                _write_manifest(entry)
     except BaseException:
         sys.modules.pop(name, None)
         raise
@@ -194,6 +197,12 @@ def _import(name: str, entry: Path | None) -> ModuleType:
         numba.config.CACHE_DIR = kept
         _entry = None
     return module
+
+
+def _check_place(entry: Path) -> None:
+    """OSError unless the kernels just declared use `entry`: where numba cannot write it takes the source directory."""
+    if not all(Path(k.stats.cache_path).is_relative_to(entry) for k in _declared):
+        raise OSError(f"{entry} cannot be written")
 
 
 def _compile(name: str, entry: Path) -> ModuleType:
@@ -207,7 +216,7 @@ def _compile(name: str, entry: Path) -> ModuleType:
     try:
         module = _import(name, building)
         building.rename(entry)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:   # numba makes it a RuntimeError when it finds no place at all
         if name not in sys.modules:   # the disk is full, say: numba could not write what it had compiled
             log.warning("kernels are compiled for this process only: %s", _one_line(error))
             return _import(name, None)
@@ -260,12 +269,13 @@ def _remove(entry: Path) -> None:
 
 
 def _prune(current: Path) -> None:
-    """Drop the oldest caches of other keys, so that upgrades do not fill the disk."""
+    """Drop the oldest caches of other keys and what killed processes left, so that the disk does not fill up."""
     try:
         keys = sorted((p for p in current.parent.iterdir() if p != current), key=lambda p: p.stat().st_mtime)
+        left = [p for p in current.glob(".*") if p.stat().st_mtime < time.time() - _BUILD_SECONDS]
     except OSError:
         return
-    for stale in keys[:-_KEPT_KEYS]:
+    for stale in keys[:-_KEPT_KEYS] + left:
         _remove(stale)
 
 
