@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsv4tools.errors import UsageError
+from dsv4tools.errors import InputError, UsageError
 from dsv4tools.formats.table import find_format
-from dsv4tools.policy import KEEP, Rule, check_glob
+from dsv4tools.policy import KEEP, Rule, check_glob, is_glob
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,14 +38,15 @@ def rules_from_flags(families: Mapping[str, str | None], tensor_types: Sequence[
     """Rules for ``--FAMILY TYPE`` flags and ``--tensor-type NAME=TYPE`` entries.
 
     A NAME with a wildcard is a glob; without one it is a tensor's name, or the dotted beginning of several
-    (``blk.3`` means layer 3, and not layer 30).
+    (``blk.3`` means layer 3, and not layer 30). Names go before globs, longer ones before shorter ones; of two globs of
+    one length the first.
 
     Raises
     ------
     UsageError
-        An unknown type or family, or an entry without ``=``.
+        An unknown type or family, a NAME that no tensor can have, or an entry without ``=``.
     """
-    rules = [_tensor_rule(entry) for entry in tensor_types]
+    rules = sorted(map(_tensor_rule, tensor_types), key=lambda rule: (is_glob(rule.tensors[0]), -len(rule.tensors[0])))
     unknown = set(families) - set(FAMILIES)
     if unknown:
         raise UsageError("flags", f"unknown tensor family {min(unknown)!r}, known are {', '.join(FAMILIES)}")
@@ -60,8 +61,11 @@ def _tensor_rule(entry: str) -> Rule:
     name, equals, type_name = entry.rpartition("=")
     if not equals or not name:
         raise UsageError("--tensor-type", f"{entry!r} is not NAME=TYPE", hint="for example blk.3.attn_kv.weight=f16")
-    check_glob(name, "--tensor-type")
-    globs = (name,) if any(c in name for c in "*?[") else (name, f"{name.rstrip('.')}.*")
+    try:
+        check_glob(name, "--tensor-type")
+    except InputError as e:
+        raise UsageError(e.where, e.what, hint=e.hint) from None
+    globs = (name,) if is_glob(name) else (name, f"{name.rstrip('.')}.*")
     return _rule(globs, type_name, f"--tensor-type {name}", (), optional=False)
 
 

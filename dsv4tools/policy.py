@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tomllib
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4tools.checkpoint.strict_json import shown
 from dsv4tools.errors import InputError, UsageError
 from dsv4tools.formats.codecs import ENCODABLE
 from dsv4tools.formats.table import FORMATS, Format, find_format
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 KEEP = "template"   # the policy, and the type, that keep what the template file has
 _MAX_POLICY_BYTES = 1_000_000
 _MAX_GLOB_LENGTH = 200
+_MAX_GLOBS = 10_000          # five times the tensors of the largest model
+_MAX_KEY_PARTS = 32
+_STRING_OR_COMMENT = re.compile(
+    r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*')
 _MAX_STARS = 4      # more serve nobody, and each multiplies the time that matching may take
 _RULE_KEYS = {"tensors", "layers", "type", "optional"}
 
@@ -123,14 +129,13 @@ def load_policy(name: str | Path) -> Policy:
     """
     if str(name) == KEEP:
         return Policy(KEEP, "the types of the template file", (Rule(("*",), None, label="template file's type"),))
-    shipped = data_directory("policies") / f"{name}.toml"
-    if re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) and shipped.is_file():
-        return read_policy(shipped)
-    path = Path(name)
-    if not path.is_file():
-        known = ", ".join(p.stem for p in sorted(data_directory("policies").glob("*.toml")))
-        raise UsageError("--policy", f"{str(name)!r} is neither a shipped policy ({known}) nor a file")
-    return read_policy(path)
+    shipped = {path.stem: path for path in sorted(data_directory("policies").glob("*.toml"))}
+    if str(name) in shipped:
+        return read_policy(shipped[str(name)])
+    if not os.path.isfile(name):  # noqa: PTH113  - the one in pathlib raises for names that are too long
+        known = ", ".join(shipped)
+        raise UsageError("--policy", f"{shown(str(name))} is neither a shipped policy ({known}) nor a file")
+    return read_policy(Path(name))
 
 
 def read_policy(path: Path) -> Policy:
@@ -140,12 +145,14 @@ def read_policy(path: Path) -> Policy:
             raw = f.read(_MAX_POLICY_BYTES + 1)
         if len(raw) > _MAX_POLICY_BYTES:
             raise InputError(path, f"is larger than {_MAX_POLICY_BYTES:,} bytes, no policy")
-        table = tomllib.loads(raw.decode("utf-8-sig").replace("\r\n", "\n"))
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        _check_keys(text, path)
+        table = tomllib.loads(text)
     except OSError as e:
         raise InputError(path, f"cannot be read: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise InputError(path, f"is not valid UTF-8 at byte {e.start}") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:   # not only TOMLDecodeError: integers have their own limit of digits
         raise InputError(path, f"is not valid TOML: {e}", hint="mend that line") from None
     unknown = set(table) - {"description", "file_type", "rule"}
     if unknown:
@@ -154,17 +161,27 @@ def read_policy(path: Path) -> Policy:
     if not isinstance(rules, list) or not rules or not all(isinstance(r, dict) for r in rules):
         raise InputError(path, "has no [[rule]] tables")
     if file_type is not None and (type(file_type) is not int or not 0 <= file_type < 1 << 31):
-        raise InputError(f"{path}: key 'file_type'", f"is {file_type!r}, expected llama.cpp's number of a file type")
+        raise InputError(f"{path}: key 'file_type'",
+                         f"is {shown(file_type)}, expected llama.cpp's number of a file type")
     description = table.get("description", "")
     if not isinstance(description, str):
-        raise InputError(f"{path}: key 'description'", f"is {description!r}, expected text")
-    return Policy(path.stem, description, tuple(_read_rule(r, i, path) for i, r in enumerate(rules, 1)), file_type,
-                  path=path)
+        raise InputError(f"{path}: key 'description'", f"is {shown(description)}, expected text")
+    read = tuple(_read_rule(r, i, path) for i, r in enumerate(rules, 1))
+    if sum(len(rule.tensors) for rule in read) > _MAX_GLOBS:
+        raise InputError(path, f"has more than {_MAX_GLOBS:,} globs", hint="let one glob match many tensors")
+    return Policy(path.stem, description, read, file_type, path=path)
+
+
+def _check_keys(text: str, path: Path) -> None:
+    """Refuse keys of very many parts, ``a.a.a``: the standard reader's time grows with the square of their number."""
+    for number, line in enumerate(_STRING_OR_COMMENT.sub(lambda m: "\n" * m[0].count("\n"), text).split("\n"), 1):
+        if line.count(".") > _MAX_KEY_PARTS:
+            raise InputError(path, f"is no policy: line {number} has a key of more than {_MAX_KEY_PARTS} parts")
 
 
 def _read_rule(raw: dict[str, Any], number: int, path: Path) -> Rule:
     globs = raw.get("tensors")
-    where = f"{path}: rule {number} ({globs!r})"
+    where = f"{path}: rule {number} ({shown(globs)})"
     unknown = set(raw) - _RULE_KEYS
     if unknown:
         raise InputError(where, f"unknown key {min(unknown)!r}, known are {', '.join(sorted(_RULE_KEYS))}")
@@ -174,10 +191,10 @@ def _read_rule(raw: dict[str, Any], number: int, path: Path) -> Rule:
     for glob in globs:
         check_glob(glob, where)
     if not isinstance(raw.get("type"), str):
-        raise InputError(where, f"needs a type, has {raw.get('type')!r}")
+        raise InputError(where, f"needs a type, has {shown(raw.get('type'))}")
     optional = raw.get("optional", False)
     if type(optional) is not bool:
-        raise InputError(where, f"optional is {optional!r}, expected true or false")
+        raise InputError(where, f"optional is {shown(optional)}, expected true or false")
     layers = raw.get("layers")
     return Rule(
         tuple(globs), _read_type(raw["type"], where), None if layers is None else _read_layers(layers, where), optional,
@@ -191,13 +208,18 @@ def _read_type(name: str, where: str) -> Format | None:
     try:
         return find_format(name)
     except UsageError:
-        raise InputError(where, f"unknown type {name!r}, known are {', '.join(FORMATS)}") from None
+        raise InputError(where, f"unknown type {shown(name)}, known are {', '.join(FORMATS)}") from None
+
+
+def is_glob(name: str) -> bool:
+    """Whether `name` has wildcards."""
+    return any(c in name for c in "*?[")
 
 
 def check_glob(glob: str, where: str) -> None:
     """Refuse globs that could make matching slow or that no tensor name can match."""
     if not glob or len(glob) > _MAX_GLOB_LENGTH or not glob.isascii() or not glob.isprintable():
-        raise InputError(where, f"{glob!r} is no glob of tensor names")
+        raise InputError(where, f"{shown(glob)} is no glob of tensor names")
     if glob.count("*") > _MAX_STARS:
         raise InputError(where, f"{glob!r} has more than {_MAX_STARS} stars", hint="name the tensors more directly")
     if glob.count("[") != glob.count("]"):
@@ -211,7 +233,7 @@ def _read_layers(text: Any, where: str) -> frozenset[int]:  # noqa: ANN401  - un
     for part in text.split(",") if isinstance(text, str) else [""]:
         match = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise InputError(where, f"layers is {text!r}, expected numbers and ranges such as '0-2,5'")
+            raise InputError(where, f"layers is {shown(text)}, expected numbers and ranges such as '0-2,5'")
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(layers)
 
@@ -237,7 +259,8 @@ def decide_formats(
             continue
         flag = next((rule for rule in policy.flags if rule.matches(tensor)), None)
         rule = next((rule for rule in policy.rules if rule.matches(tensor)), None)
-        used.update(r for r in (flag, rule) if r is not None)   # a rule that a flag overrides has still found its tensor
+        # A rule that a flag overrides has still found its tensor.
+        used.update(r for r in (flag, rule) if r is not None)
         rule = flag or rule
         if rule is None:
             raise InputError(f"policy {policy.name}", f"no rule matches tensor {tensor.name!r}",
