@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from process import error_line, messages
 
 from dsv4tools.cli.main import main
 from dsv4tools.synthetic import FLASH, TINY, write_checkpoint, write_sparse
@@ -92,12 +93,14 @@ class Outcome(NamedTuple):
         return json.loads(self.out)
 
     def failed(self, code: int) -> str:
-        """The one line that an error is, checked for its form."""
+        """The error line of a command that ended with `code`."""
         assert self.code == code, self
-        assert self.err.startswith("error: "), self
-        assert self.err.count("\n") == 1, self
-        assert self.err.isprintable() or self.err[:-1].isprintable(), self
-        return self.err
+        return error_line(self.err)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it ended well and without a word beyond notes."""
+        return self.code == 0 and not messages(self.err)
 
 
 @pytest.fixture

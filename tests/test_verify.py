@@ -89,11 +89,11 @@ def find_type(path, name) -> int:
 
 def test_a_right_file(source, right, dsv4tools):
     ended = dsv4tools("verify", right)
-    assert (ended.code, ended.err) == (0, "")
+    assert ended.succeeded
     n_bytes = right.stat().st_size
     assert re.fullmatch(r".*right\.gguf: right: 92 tensors, [\d.]+ MB \([\d.]+ MiB\)", ended.out.splitlines()[-1])
     ended = dsv4tools("verify", right, "--source", source)
-    assert (ended.code, ended.err) == (0, "")
+    assert ended.succeeded
     assert "92 of 92 tensors are what the source gives, byte for byte" in ended.out
     data = dsv4tools("verify", right, "--source", source, "--json").data
     assert data.keys() == {"path", "ok", "template", "n_tensors", "n_bytes", "findings", "tensors", "engines"}
@@ -334,11 +334,11 @@ def test_entries_that_differ_but_contradict_no_weight_are_warnings(source, right
     ):
         path = changed(raw.index(text(key)), text(new))
         ended = dsv4tools("verify", path, "--source", source)
-        assert (ended.code, ended.err) == (0, "")
+        assert ended.succeeded
         assert f"warning: key {key!r}: {said}\n" in ended.out
     at = raw.index("Ġthe".encode(), raw.index(text("tokenizer.ggml.tokens")))
     ended = dsv4tools("verify", changed(at, "Ġtha".encode()), "--source", source)
-    assert (ended.code, ended.err) == (0, "")
+    assert ended.succeeded
     assert "warning: key 'tokenizer.ggml.tokens': differs from the source's\n" in ended.out
 
 
@@ -393,7 +393,7 @@ def test_a_template_is_called_one(sparse, source, tmp_path, dsv4tools):
     path = tmp_path / "t.gguf"
     assert dsv4tools("template", source, path, *(["--sparse"] if sparse else [])).code == 0
     ended = dsv4tools("verify", path)
-    assert (ended.code, ended.err) == (0, "")
+    assert ended.succeeded
     assert "is a template: " + ("extended to full size" if sparse else "header only") in ended.out
     assert "not a model to load" in ended.out
     assert dsv4tools("verify", path, "--json").data["template"] == ("sparse" if sparse else "header")

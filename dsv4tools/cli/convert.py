@@ -86,11 +86,11 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
         show_json(report) if as_json else _show_plan(plan, report, verdicts)
         require_engines(plan, verdicts, asked)
         return
+    if chosen is None:
+        check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
     if not as_json:
         show_summaries(verdicts)
     require_engines(plan, verdicts, asked)
-    if chosen is None:
-        check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
     for note in plan.notes:
         say(f"note: {note}")
     announce_compilation([t.format.name for t in plan.tensors])

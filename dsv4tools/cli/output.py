@@ -70,8 +70,9 @@ def progress_bar(total: int, what: str, unit: str = "B") -> Iterator[Callable[[i
         return
     from tqdm import tqdm  # noqa: PLC0415  - pipes need none
 
-    with tqdm(total=total, desc=printable(what), unit=unit, unit_scale=True, dynamic_ncols=True,
-              file=sys.stderr) as bar:
+    # A terminal may not know its width; tqdm would take the 0 at its word and show nothing.
+    width = {"dynamic_ncols": True} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": 80}
+    with tqdm(total=total, desc=printable(what), unit=unit, unit_scale=True, file=sys.stderr, **width) as bar:
         yield bar.update
 
 

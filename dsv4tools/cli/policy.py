@@ -37,7 +37,12 @@ def _as_data(p: Policy) -> dict[str, object]:
 @policy.command("list", epilog=EPILOG)
 @json_option
 def list_command(as_json: bool) -> None:
-    """List the policies that come with dsv4tools."""
+    """List the policies that come with dsv4tools.
+
+    \b
+    Example:
+      dsv4tools policy list
+    """
     policies = list_policies()
     if as_json:
         show_json({"policies": [_as_data(p) for p in policies]})
