@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4tools.errors import Dsv4Error
 from dsv4tools.files import free_bytes
 from dsv4tools.outfile import SPACE_MARGIN_BYTES
+from dsv4tools.template.metadata import size_label
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ENCODE_RATES = {"Q4_K": 100e6, "Q8_0": 500e6}
 OTHER_RATE = 500e6
 DISK_BYTES_PER_SECOND = 500e6
+MAX_NAME_LENGTH = 100   # of what a model calls itself, in a file name
 
 
 def estimate_seconds(plan: Plan, threads: int) -> float:
@@ -68,8 +70,9 @@ def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
 
 def output_name(plan: Plan) -> str:
     """A file name by the GGUF naming convention (ggml, docs/gguf.md): base, size label, version, encoding."""
-    values = {kv.key: kv.value for kv in plan.kvs}
-    words = re.findall(r"[A-Za-z0-9]+", str(values["general.name"])) or ["model"]
+    # A template file may bring a name, or none; what becomes a path is never taken from it unchecked.
+    name = next((str(kv.value) for kv in plan.kvs if kv.key == "general.name"), plan.checkpoint.card.name)
+    words = re.findall(r"[A-Za-z0-9]+", name[:MAX_NAME_LENGTH]) or ["model"]
     base = words[0]
     for word in words[1:]:
         # The convention has no words such as "6e", that begin with a digit and are no number.
@@ -78,7 +81,7 @@ def output_name(plan: Plan) -> str:
     n_experts = config.num_experts_per_tok
     tune = f"-{n_experts}Expert" if plan.checkpoint.stored_experts_per_token != n_experts else ""
     encoding = next(iter(plan.bytes_by_format()))
-    return f"{base}-{values['general.size_label']}{tune}-v1.0-{encoding}.gguf"
+    return f"{base}-{size_label(plan.template.tensors)}{tune}-v1.0-{encoding}.gguf"
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def tensor_units(planned: PlannedTensor) -> Iterator[Unit]:
     start = 0
     for matrix in planned.tensor.sources:
         step = max(1, MAX_UNIT_VALUES // max(1, matrix.n_cols))
-        step = max(matrix.block[0], step // matrix.block[0] * matrix.block[0])   # so that scales are read once
+        step = step // matrix.block[0] * matrix.block[0] or step   # whole blocks, so that scales are read once
         for first in range(0, matrix.n_rows, step):
             n_rows = min(step, matrix.n_rows - first)
             yield Unit(planned, matrix, first, n_rows, start, n_rows * row_bytes)
