@@ -45,7 +45,8 @@ class Dsv4Error(Exception):
         self.where = str(where)
         self.what = what
         self.hint = hint
-        super().__init__(self.where, what, hint)
+        # Pickling calls the class with these and then sets the attributes: `hint` cannot be among them.
+        super().__init__(self.where, what)
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
@@ -83,4 +84,5 @@ class Interrupted(Dsv4Error):  # noqa: N818  - an interruption is not an error o
 
     def __init__(self, signal_number: int, what: str, *, hint: str = "") -> None:
         super().__init__("", what, hint=hint)
+        self.args = (signal_number, what)
         self.exit_code = 128 + signal_number

@@ -1,0 +1,73 @@
+"""What holds for all of the package's source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import dsv4tools
+from dsv4tools.checkpoint import open_checkpoint
+from dsv4tools.template import derive_template
+from dsv4tools.template.tables import load_tables
+
+PACKAGE = Path(dsv4tools.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def parsed(path):
+    return ast.parse(path.read_text("utf-8"), path)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_no_assert_stands_in_the_package(path):
+    """``python -O`` takes asserts away: what is checked must be checked always."""
+    assert [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.Assert)] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_only_the_command_line_prints_and_exits(path):
+    if path.relative_to(PACKAGE).parts[0] in ("cli", "__main__.py"):
+        return
+    calls = [node.func for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
+    found = {f.id for f in calls if isinstance(f, ast.Name)} & {"print", "exit", "quit", "input", "breakpoint"}
+    found |= {f.attr for f in calls if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name)
+              and (f.value.id, f.attr) in {("sys", "exit"), ("os", "_exit"), ("os", "abort")}}
+    assert not found
+
+
+LOWER = {
+    "gguf": ("checkpoint", "template", "policy", "plan", "convert", "verify", "cli", "model", "reroute", "synthetic"),
+    "formats": ("gguf", "checkpoint", "template", "policy", "plan", "convert", "verify", "cli", "model", "reroute"),
+    "checkpoint": ("gguf", "template", "policy", "plan", "convert", "verify", "cli", "model", "reroute"),
+    "template": ("policy", "plan", "convert", "verify", "cli", "model", "reroute"),
+    "model": ("cli",),
+}
+
+
+@pytest.mark.parametrize("room", LOWER)
+def test_imports_point_one_way(room):
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        modules = {node.module for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) and node.module}
+        modules |= {a.name for node in ast.walk(parsed(path)) if isinstance(node, ast.Import) for a in node.names}
+        wrong = {m for m in modules if m.startswith("dsv4tools.") and m.split(".")[1] in LOWER[room]}
+        assert not wrong, path
+
+
+def test_every_public_name_is_there():
+    for name in dsv4tools.__all__:
+        assert hasattr(dsv4tools, name)
+    assert len(set(dsv4tools.__all__)) == len(dsv4tools.__all__)
+
+
+def test_every_row_of_the_template_tables_is_of_use(tiny_6e):
+    """The shared checkpoint has every kind of layer: each tensor row and each required key stands in its template."""
+    derived = derive_template(open_checkpoint(tiny_6e))
+    tables = load_tables()
+    names = {t.name for t in derived.tensors}
+    for row in tables.tensors:
+        assert any(row.name.format(layer=layer) in names for layer in range(5)), row.name
+    keys = {kv.key for kv in derived.kvs}
+    assert {f"deepseek4.{row.key}" for row in tables.metadata if not row.optional} <= keys
+    assert all(count for count in derived.left_out.values())
