@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsv4tools.derive import UnitDeriver, source_checksum
 from dsv4tools.engines import check_plan
@@ -14,14 +14,17 @@ from dsv4tools.errors import Dsv4Error, Interrupted, ResourceError, UsageError
 from dsv4tools.formats.codecs import prepare, self_test
 from dsv4tools.gguf.reader import scan_gguf
 from dsv4tools.identity import plan_identity, shard_states
+from dsv4tools.journal import BYTES_PER_UNIT
 from dsv4tools.manifest import write_manifest
+from dsv4tools.options import RunOptions
 from dsv4tools.outfile import check_output, check_space
-from dsv4tools.output import OutputFile, working_paths
-from dsv4tools.workers import StopRequest, choose_threads, run_units
+from dsv4tools.output import OutputFile, was_completed, working_paths
+from dsv4tools.spot_check import check_samples
+from dsv4tools.workers import choose_threads, run_units
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from dsv4tools.journal import FinishedUnit
     from dsv4tools.plan import Plan, Unit
@@ -36,35 +39,6 @@ class Conversion:
     zeroed: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """How a conversion runs; none of it changes a byte of the output.
-
-    Attributes
-    ----------
-    threads:
-        How many units are encoded at once; None: all usable cores.
-    restart:
-        Do not continue an interrupted conversion, begin anew.
-    steal_lock:
-        Take the output's lock whoever holds it.
-    progress:
-        Called with the number of output bytes that were finished since the last call.
-    notify:
-        Called with a sentence that a user should see: what is continued, what was found damaged.
-    stop:
-        Set it to stop after the units in hand.
-    """
-
-    threads: int | None = None
-    restart: bool = False
-    steal_lock: bool = False
-    progress: Callable[[int], None] | None = None
-    notify: Callable[[str], None] | None = None
-    stop: StopRequest = field(default_factory=StopRequest)
-
-
-
 def convert(
     plan: Plan, out: str | Path, *, overwrite: bool = False, manifest: str | Path | None = None,
     threads: int | None = None, progress: Callable[[int], None] | None = None, run: RunOptions | None = None,
@@ -73,8 +47,9 @@ def convert(
     """Write the GGUF that `plan` describes.
 
     The bytes do not depend on the number of threads. Memory is (threads + 2) x one unit's source and output bytes,
-    whatever the size of the model. The file carries its name only when it is complete, checked and on disk; until then
-    it is ``OUT.partial``, and a stopped conversion goes on where it was when it is called again with an equal plan.
+    whatever the size of the model, and about 0.3 KB per unit. The file carries its name only when it is complete,
+    checked and on disk; until then it is ``OUT.partial``, and a stopped conversion goes on where it was when it is
+    called again with an equal plan.
 
     Parameters
     ----------
@@ -109,16 +84,18 @@ def convert(
     run = run or RunOptions(threads=threads, progress=progress)
     check_plan(plan, engines)
     n_threads = check_conversion(plan, out, threads=run.threads, overwrite=overwrite, manifest=manifest)
-    output = OutputFile(out, plan.total_bytes, plan_identity(plan), shard_states(plan), recheck=make_recheck(plan),
-                        restart=run.restart, steal_lock=run.steal_lock)
+    output = OutputFile(out, plan.total_bytes, plan_identity(plan), shard_states(plan),
+                        extents=lambda: ((plan.position(u), u.n_bytes) for u in plan.units()),
+                        recheck=make_recheck(plan), run=run)
     prepare({t.format.name for t in plan.tensors} - {"I32"})
     self_test()
     with output:
-        finished = write_units(plan, output, plan.units(), plan.position, n_threads, run)
-        output.complete(plan.header, partial(check_written, plan))
-    zeroed = count_zeroed(plan, finished)
-    if manifest is not None:
-        write_manifest(out, manifest, zeroed)
+        if not output.completed:
+            write_units(plan, output, plan.units(), plan.position, n_threads, run)
+            output.complete(plan.header, partial(check_written, plan))
+        zeroed = count_zeroed(plan, output.finished)
+        if manifest is not None:
+            write_manifest(out, manifest, zeroed, stop=run.stop)
     return Conversion(out, plan.total_bytes, zeroed)
 
 
@@ -127,17 +104,21 @@ def check_conversion(
 ) -> int:
     """Raise what `convert` with these arguments would raise before its work; returns the number of threads."""
     n_threads = choose_threads(threads)
-    check_output(plan.checkpoint, out, overwrite=overwrite)
+    check_output(plan.checkpoint, out, overwrite=overwrite or was_completed(out, plan_identity(plan)))
     if manifest is not None:
         check_output(plan.checkpoint, manifest, overwrite=overwrite)
         if manifest.resolve() in {p.resolve() for p in working_paths(out)}:
             raise UsageError(manifest, "is the output itself", hint="give the manifest another name")
-    check_space(out, plan.total_bytes)
+    if not out.exists() or overwrite:
+        check_space(out, plan.total_bytes + BYTES_PER_UNIT * plan.n_units)
     return n_threads
 
 
 def check_written(plan: Plan, path: Path) -> None:
-    """Read `path` with the strict reader and compare all it says with the plan; a difference is a bug of ours."""
+    """Read `path` with the strict reader and compare all it says with the plan, and a few rows with their source.
+
+    A difference is a bug of ours.
+    """
     with scan_gguf(path) as file:
         errors = [f for f in file.findings if f.severity == "error"]
         if errors:
@@ -147,18 +128,18 @@ def check_written(plan: Plan, path: Path) -> None:
         planned = [(t.name, t.tensor.ne, t.format.name, t.offset) for t in plan.tensors]
         if found != planned or file.n_file_bytes != plan.total_bytes or list(file.kvs) != [kv.key for kv in plan.kvs]:
             raise Dsv4Error(path, "was written wrongly: it does not match its plan", hint="please report this")
+        check_samples(plan, file)
 
 
 def write_units(  # noqa: PLR0917  - what, whereto, how: each of them once
     plan: Plan, output: OutputFile, units: Iterable[Unit], position: Callable[[Unit], int], threads: int,
     run: RunOptions,
-) -> dict[int, FinishedUnit]:
-    """Derive and write all `units` that `output` does not have yet; the finished ones by position.
+) -> None:
+    """Derive and write all `units` that `output` does not have yet.
 
     `position` says where in the file a unit belongs. Raises Interrupted, with all that was done recorded, when
     ``run.stop`` was set before the last unit.
     """
-    _tell_what_is_continued(output, run)
     zero_nan = plan.nan == "zero"
 
     def make_worker(computing: threading.Semaphore) -> Callable[[Unit], FinishedUnit]:
@@ -177,25 +158,18 @@ def write_units(  # noqa: PLR0917  - what, whereto, how: each of them once
         return work
 
     todo = (unit for unit in units if position(unit) not in output.finished)
-    with closing(run_units(todo, make_worker, threads, run.stop)) as results:
+    record_all(run_units(todo, make_worker, threads, run.stop), output, run)
+
+
+def record_all(results: Generator[tuple[Any, FinishedUnit], None, None], output: OutputFile, run: RunOptions) -> None:
+    """Record what workers have written until there is no more; Interrupted if they were stopped."""
+    with closing(results):
         for _, finished in results:
             output.record(finished)
-            if run.progress is not None:
-                run.progress(finished.n_bytes)
+            run.advance(finished.n_bytes)
     output.flush()
     if run.stop.is_set():
         raise Interrupted(run.stop.signal_number, "stopped", hint=output.hint)
-    return output.finished
-
-
-def _tell_what_is_continued(output: OutputFile, run: RunOptions) -> None:
-    for note in output.notes if run.notify else ():
-        run.notify(note)  # type: ignore[misc]  # the line above looked
-    n_bytes = sum(u.n_bytes for u in output.finished.values())
-    if n_bytes and run.notify is not None:
-        run.notify(f"continuing {output.partial}: {len(output.finished)} units done, {n_bytes / output.n_bytes:.0%}")
-    if n_bytes and run.progress is not None:
-        run.progress(n_bytes)
 
 
 def make_recheck(plan: Plan) -> Callable[[FinishedUnit, set[str]], bool]:

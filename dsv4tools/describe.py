@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4tools.errors import Dsv4Error
 from dsv4tools.files import free_bytes
+from dsv4tools.journal import BYTES_PER_UNIT
 from dsv4tools.outfile import SPACE_MARGIN_BYTES
 from dsv4tools.template.metadata import size_label
 
@@ -47,7 +48,7 @@ def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
         "data_offset": plan.data_offset,
         "source_bytes": plan.source_bytes,
         "free_bytes": free,
-        "fits": free is not None and plan.total_bytes + SPACE_MARGIN_BYTES <= free,
+        "fits": free is not None and plan.total_bytes + BYTES_PER_UNIT * plan.n_units + SPACE_MARGIN_BYTES <= free,
         "hash_verified": False,
         "threads": threads,
         "buffer_bytes": plan.memory_bytes(threads),

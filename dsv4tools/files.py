@@ -7,16 +7,39 @@ it is here, so that the rest of the package does not.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
 import sys
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _FICLONE = 0x40049409   # linux/fs.h: _IOW(0x94, 9, int)
+_PASSING = (errno.EIO, errno.ESTALE)   # what network disks say when a server was away for a moment
+_PAUSES = (0.1, 0.5)                   # seconds before each further attempt
+
+Result = TypeVar("Result")
+
+
+def insist(attempt: Callable[[], Result]) -> Result:
+    """`attempt()`, made again after a moment where it fails with EIO or ESTALE; the last failure is raised.
+
+    For what may be repeated: a positional read or write. Not for a sync: the system forgets what it could not write,
+    so the second one would succeed without the data.
+    """
+    for seconds in _PAUSES:
+        try:
+            return attempt()
+        except OSError as e:
+            if e.errno not in _PASSING:
+                raise
+        time.sleep(seconds)
+    return attempt()
 
 
 def pread_into(fd: int, out: memoryview, position: int) -> int:
@@ -26,6 +49,14 @@ def pread_into(fd: int, out: memoryview, position: int) -> int:
     raw = os.pread(fd, len(out), position)
     out[: len(raw)] = raw
     return len(raw)
+
+
+def pread_all(fd: int, out: memoryview, position: int) -> int:
+    """Fill `out` from `position`; the number of bytes read, fewer than asked for only at the end of the file."""
+    done = 0
+    while done < len(out) and (n := pread_into(fd, out[done:], position + done)):
+        done += n
+    return done
 
 
 def pwrite_all(fd: int, data: memoryview, position: int) -> None:
@@ -46,16 +77,30 @@ def preallocate(fd: int, n_bytes: int) -> bool:
     """
     if n_bytes == 0:
         return True
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(fd, 0, n_bytes)
-        except OSError as e:
-            if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-        else:
-            return True
+    try:
+        _reserve(fd, n_bytes)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+    else:
+        return True
     os.ftruncate(fd, n_bytes)
     return False
+
+
+def _reserve(fd: int, n_bytes: int) -> None:
+    if sys.platform != "linux":
+        if not hasattr(os, "posix_fallocate"):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        os.posix_fallocate(fd, 0, n_bytes)
+        return
+    # Not os.posix_fallocate: where a file system cannot reserve (NFS 3, FAT), glibc writes a byte into every block.
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    while fallocate(fd, 0, 0, n_bytes):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
 
 
 def clone_file(source: int, target: int) -> bool:
@@ -75,22 +120,27 @@ def clone_file(source: int, target: int) -> bool:
     return True
 
 
-def lock_file(fd: int) -> bool:
-    """Lock the open file `fd` until it is closed; False if another descriptor holds it.
+def try_lock(fd: int) -> bool | None:
+    """Lock the open file `fd` until it is closed: True, or False if another descriptor holds it.
 
-    True also where system or file system has no locks: then nobody is kept out.
+    None where system or file system has no locks: then nobody is kept out.
     """
     try:
         import fcntl  # noqa: PLC0415  - not on every platform
     except ImportError:
-        return True
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        return None
     return True
+
+
+def lock_file(fd: int) -> bool:
+    """`try_lock`, but True also where there are no locks."""
+    return try_lock(fd) is not False
 
 
 def sync_data(fd: int) -> None:

@@ -11,7 +11,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from dsv4tools.errors import ResourceError
+from dsv4tools.errors import Interrupted, ResourceError
 from dsv4tools.files import pread_into, pwrite_all
 from dsv4tools.gguf.reader import open_gguf
 from dsv4tools.outfile import complete_file, explained
@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from dsv4tools.workers import StopRequest
+
 _CHUNK_BYTES = 1 << 23
 
 
-def hash_file(path: Path) -> tuple[dict[str, str], str, str]:
-    """sha256 of each tensor's payload by name, of all payloads in order, and of the whole file, in one reading."""
+def hash_file(path: Path, stop: StopRequest | None = None) -> tuple[dict[str, str], str, str]:
+    """sha256 of each tensor's payload by name, of all payloads in order, and of the whole file, in one reading.
+
+    Raises ResourceError where the file cannot be read, Interrupted soon after `stop` was set.
+    """
     with open_gguf(path) as file, ThreadPoolExecutor(3) as pool:
         extents = [(t.name, file.data_offset + t.offset, t.n_bytes) for t in file.tensors.values()]
         whole, payloads, tensors = hashlib.sha256(), hashlib.sha256(), {}
@@ -37,6 +42,9 @@ def hash_file(path: Path) -> tuple[dict[str, str], str, str]:
                     whole.update(data)
                 one = hashlib.sha256()
                 for data in _chunks(fd, start, start + n_bytes, buffer, path):
+                    if stop is not None and stop.is_set():
+                        raise Interrupted(stop.signal_number, "stopped while the file was being hashed",
+                                          hint="run the same command again to continue")
                     # Hashing releases the GIL: the three run side by side.
                     list(pool.map(lambda digest, data=data: digest.update(data), (whole, payloads, one)))
                 position = start + n_bytes
@@ -56,9 +64,9 @@ def _chunks(fd: int, position: int, end: int, buffer: memoryview, path: Path) ->
         position += n
 
 
-def write_manifest(gguf: Path, path: Path, zeroed: Mapping[str, int]) -> None:
-    """Hash `gguf` and write its manifest to `path`, complete or not at all."""
-    tensors, payloads, whole = hash_file(gguf)
+def write_manifest(gguf: Path, path: Path, zeroed: Mapping[str, int], stop: StopRequest | None = None) -> None:
+    """Hash `gguf` and write its manifest to `path`, complete or not at all; errors of `hash_file`."""
+    tensors, payloads, whole = hash_file(gguf, stop)
     lines = [f"sha256    {digest}  {gguf.name}:{name}" for name, digest in tensors.items()]
     lines.append(f"sha256    {payloads}  {gguf.name}")
     lines.append(f"# sha256 of the whole file: {whole}")

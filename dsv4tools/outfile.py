@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from dsv4tools.errors import ResourceError, UsageError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dsv4tools.checkpoint import Checkpoint
 
 SPACE_MARGIN_BYTES = 1 << 20   # for the directory entry and the manifest
+WORKING_SUFFIXES = (".partial", ".journal", ".lock")   # what stands beside an output on its way
 
 
 def partial_path(path: Path) -> Path:
@@ -50,7 +52,7 @@ def check_not_input(path: Path, inputs: Iterable[Path]) -> None:
     with explained(path):
         if path.is_dir():
             raise UsageError(path, "is a directory", hint="give the name of the output file")
-        for candidate in (path, partial_path(path)):
+        for candidate in (path, *(path.with_name(path.name + suffix) for suffix in WORKING_SUFFIXES)):
             if candidate.exists() and any(candidate.samefile(each) for each in inputs):
                 raise UsageError(candidate, "is one of the inputs", hint="write elsewhere: inputs are never touched")
 
@@ -66,15 +68,15 @@ def check_place(path: Path, *, overwrite: bool) -> None:
             raise ResourceError(path.parent, "cannot be written to")
 
 
-def check_space(path: Path, n_bytes: int) -> None:
+def check_space(path: Path, n_bytes: int, partial: Path | None = None) -> None:
     """ResourceError with the numbers if a file of `n_bytes` at `path` does not fit the disk.
 
-    What a killed run left in the partial file counts as free: it is written anew.
+    What an earlier run left in the partial file (`partial_path` if None) counts as free: it is used again.
     """
     with explained(path.parent):
         free = free_bytes(path.parent)
         with contextlib.suppress(FileNotFoundError):
-            free += partial_path(path).lstat().st_blocks * 512
+            free += (partial or partial_path(path)).lstat().st_blocks * 512
     need = n_bytes + SPACE_MARGIN_BYTES
     if need > free:
         raise ResourceError(path.parent, f"{format_bytes(free)} free, the output needs {format_bytes(need)}",
@@ -120,11 +122,13 @@ def open_alone(path: Path) -> int:
 def open_own(path: Path) -> int:
     """A descriptor of `path` (made if missing) that is no link to a file of another name; its content is untouched."""
     with explained(path):
-        # NOFOLLOW: through a link of that name some other file would be emptied.
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    if os.fstat(fd).st_nlink > 1:
+        # NOFOLLOW: through a link of that name some other file would be emptied. NONBLOCK: a pipe must not hang us.
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    info = os.fstat(fd)
+    what = "is no regular file" if not stat.S_ISREG(info.st_mode) else "has a second name as a hard link"
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
         os.close(fd)
-        raise ResourceError(path, "has a second name as a hard link", hint="remove it")
+        raise ResourceError(path, what, hint="remove it")
     return fd
 
 
@@ -146,6 +150,7 @@ WHY = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file system, or a limit of this process, allows no file of this size",
     errno.EROFS: "the file system is read-only",
+    errno.ELOOP: "it is a symbolic link",
 }
 
 

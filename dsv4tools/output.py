@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import xxhash
 
-from dsv4tools.files import pread_into, preallocate, pwrite_all, sync_data, sync_directory
+from dsv4tools.errors import Dsv4Error, Interrupted, ResourceError
+from dsv4tools.files import insist, pread_all, preallocate, pwrite_all, sync_data, sync_directory
 from dsv4tools.journal import FinishedUnit, JournalState, JournalWriter, check_same_plan, read_journal
 from dsv4tools.lock import OutputLock
-from dsv4tools.outfile import explained, open_own
+from dsv4tools.outfile import WORKING_SUFFIXES, explained, open_own
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
 
     from numpy.typing import NDArray
 
+    from dsv4tools.options import RunOptions
+
 BATCH_SECONDS = 2.0
 BATCH_BYTES = 256 << 20
 RECHECKED_BYTES = 512 << 20   # of the units finished last: a power cut may have damaged them all the same
+_MARK = bytes(8)              # over a header's first bytes: no reader takes the file for what it is not yet
 
 
 def checksum(data: NDArray[np.uint8]) -> str:
@@ -35,8 +39,37 @@ def checksum(data: NDArray[np.uint8]) -> str:
 
 def working_paths(path: Path, working_name: str | None = None) -> tuple[Path, Path, Path, Path]:
     """The output, and what stands beside it on the way: partial file, journal and lock."""
-    name = working_name or path.name
-    return path, path.with_name(f"{name}.partial"), path.with_name(f"{name}.journal"), path.with_name(f"{name}.lock")
+    partial, journal, lock = (path.with_name((working_name or path.name) + suffix) for suffix in WORKING_SUFFIXES)
+    return path, partial, journal, lock
+
+
+def was_completed(path: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether `path` is whole and of this very conversion, which was stopped before it had put everything away."""
+    _, partial, journal, _ = working_paths(path)
+    if not journal.exists():
+        return False
+    return _is_completed(path, partial, identity, read_journal(journal))
+
+
+def _is_completed(path: Path, partial: Path, identity: Mapping[str, Any], state: JournalState) -> bool:
+    with explained(path):
+        return (state.complete and state.identity == identity and not partial.exists()
+                and path.exists() and path.stat().st_ino == state.inode)
+
+
+def discard_leftovers(path: Path, working_name: str | None = None) -> None:
+    """Remove what an earlier run left of `path`, unless another one is working on it."""
+    _, partial, journal, lock_path = working_paths(path, working_name)
+    if not any(p.exists() for p in (partial, journal, lock_path)):
+        return
+    lock = OutputLock(lock_path)
+    with contextlib.suppress(ResourceError, OSError):
+        lock.acquire()
+        try:
+            partial.unlink(missing_ok=True)
+            journal.unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 class OutputFile:
@@ -51,96 +84,141 @@ class OutputFile:
     identity:
         What the bytes depend on, field by field; an existing partial file must agree.
     shards:
-        Shard name -> [mtime_ns, inode] now; a shard in which these changed is to be asked again by `recheck`.
+        Shard name -> [mtime_ns, inode] now, or whatever else says cheaply that a shard is the one it was; where this
+        changed, `recheck` is asked.
+    extents:
+        ``extents()`` gives position and size of every unit, in order; what lies between them is padding.
     recheck:
         ``recheck(unit, changed shards) -> bool``: whether a finished unit's source still has the checksum that it was
-        made with. Called only for units of the changed shards' tensors, as the caller knows them.
-    restart:
-        Throw an existing partial file away.
+        made with.
+    run:
+        Of it `restart`, `steal_lock`, `notify` and `stop` are used here.
     working_name:
         What the files on the way are called, if not by `path`'s own name.
-    steal_lock:
-        Take the lock whoever holds it.
+
+    Attributes
+    ----------
+    finished:
+        By position, the units that are on disk.
+    completed:
+        Whether the file has its name.
     """
 
     def __init__(
         self, path: Path, n_bytes: int, identity: Mapping[str, Any], shards: Mapping[str, Any], *,
-        recheck: Callable[[FinishedUnit, set[str]], bool], restart: bool = False, steal_lock: bool = False,
-        working_name: str | None = None,
+        extents: Callable[[], Iterable[tuple[int, int]]], recheck: Callable[[FinishedUnit, set[str]], bool],
+        run: RunOptions, working_name: str | None = None,
     ) -> None:
         self.path, self.n_bytes, self.identity, self.shards = path, n_bytes, identity, shards
         _, self.partial, self.journal, lock = working_paths(path, working_name)
-        self.notes: list[str] = []
         self.finished: dict[int, FinishedUnit] = {}
-        self._recheck, self._restart, self._steal_lock = recheck, restart, steal_lock
+        self.completed = False
+        self._extents, self._recheck, self._run = extents, recheck, run
         self._lock = OutputLock(lock)
         self._fd = -1
         self._writer: JournalWriter | None = None
+        self._has_begun = False   # until then everything there is of an earlier run
         self._batch: list[FinishedUnit] = []
         self._batch_bytes, self._batch_start = 0, time.monotonic()
-
-    def __enter__(self) -> Self:
-        self._lock.acquire(steal=self._steal_lock)
-        try:
-            if self._lock.inherited:
-                self.notes.append(f"the last run ({self._lock.inherited}) ended without cleaning up")
-            state = JournalState() if self._restart else read_journal(self.journal)
-            if state.identity is not None and self.partial.exists():
-                check_same_plan(self.partial, self.identity, state.identity)
-            with explained(self.partial, hint=self.hint):
-                self._fd = open_own(self.partial)
-                self.finished = self._adopt(state)
-                if not self.finished:
-                    os.ftruncate(self._fd, 0)
-                preallocate(self._fd, self.n_bytes)
-            self._writer = JournalWriter(self.journal, self.identity, self.shards, self.finished.values())
-        except BaseException:
-            if self._fd >= 0:   # else the refusal came first, and what is there belongs to another plan
-                self._discard_if_empty()
-            self._close()
-            raise
-        return self
-
-    def _adopt(self, state: JournalState) -> dict[int, FinishedUnit]:
-        """The finished units of an earlier run that can be trusted."""
-        if state.identity is None or not state.units:
-            return {}
-        if os.fstat(self._fd).st_size != self.n_bytes:
-            self.notes.append(f"{self.partial.name} does not have its size: beginning anew")
-            return {}
-        units = dict(state.units)
-        if state.n_damaged:
-            self.notes.append(f"{state.n_damaged} damaged journal lines: their units are done again")
-        changed = {name for name, seen in self.shards.items() if state.shards.get(name) != seen}
-        if changed:
-            self.notes.append(f"modification time or inode changed: {', '.join(sorted(changed))}; checking their units")
-            units = {p: u for p, u in units.items() if self._recheck(u, changed)}
-        n_bytes = itertools.accumulate((u.n_bytes for u in reversed(units.values())), initial=0)
-        recent = [u for u, before in zip(reversed(units.values()), n_bytes, strict=False) if before < RECHECKED_BYTES]
-        if not all(map(self._is_intact, recent)):
-            self.notes.append("the last finished units are damaged: checking all")
-            units = {p: u for p, u in units.items() if self._is_intact(u)}
-        return units
-
-    def _is_intact(self, unit: FinishedUnit) -> bool:
-        data = np.zeros(unit.n_bytes, np.uint8)
-        done = 0
-        while done < unit.n_bytes:
-            n = pread_into(self._fd, data[done:].data, unit.position + done)
-            if n == 0:
-                return False
-            done += n
-        return checksum(data) == unit.output
 
     @property
     def hint(self) -> str:
         """What to tell the user when the work stops."""
         return "run the same command again to continue"
 
+    # ------------------------------------------------------------------------------------- what an earlier run left
+
+    def __enter__(self) -> Self:
+        self._lock.acquire(steal=self._run.steal_lock)
+        try:
+            if self._lock.inherited:
+                self._run.tell(f"the last run ({self._lock.inherited}) ended without cleaning up")
+            self._open()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def _open(self) -> None:
+        state = JournalState() if self._run.restart else read_journal(self.journal)
+        if not self._run.restart and _is_completed(self.path, self.partial, self.identity, state):
+            self._run.tell(f"{self.path} was complete already")
+            self.finished, self.completed = state.units, True
+            return
+        if self.partial.exists():
+            check_same_plan(self.partial, self.identity, state)
+        self._fd = open_own(self.partial)
+        inode = os.fstat(self._fd).st_ino
+        with explained(self.partial, hint=self.hint):
+            self.finished = self._adopt(state, inode)
+        self._has_begun = True
+        self._tell_what_is_continued()
+        # First the journal, then the data: between the two there are no lines of units that are gone.
+        self._writer = JournalWriter(self.journal, self.identity, self.shards, inode, units=self.finished.values(),
+                                     hint=self.hint)
+        with explained(self.partial, hint=self.hint):
+            if self.finished:
+                pwrite_all(self._fd, memoryview(_MARK), 0)
+            else:
+                os.ftruncate(self._fd, 0)
+            preallocate(self._fd, self.n_bytes)
+
+    def _tell_what_is_continued(self) -> None:
+        if self.finished:
+            n_bytes = sum(u.n_bytes for u in self.finished.values())
+            self._run.tell(f"continuing {self.partial}: {len(self.finished)} units done, {n_bytes / self.n_bytes:.0%}")
+            self._run.advance(n_bytes)
+
+    def _adopt(self, state: JournalState, inode: int) -> dict[int, FinishedUnit]:
+        """The finished units of an earlier run that can be trusted."""
+        n_file_bytes = os.fstat(self._fd).st_size
+        if not state.units:
+            if n_file_bytes and state.identity is None and not self._run.restart:
+                self._run.tell(f"{self.journal.name} is missing or damaged: beginning anew")
+            return {}
+        if n_file_bytes != self.n_bytes:
+            self._run.tell(f"{self.partial.name} does not have its size: beginning anew")
+            return {}
+        planned = {p for p, n in self._extents() if p in state.units and state.units[p].n_bytes == n}
+        units = {p: u for p, u in state.units.items() if p in planned}
+        if n_bad := state.n_damaged + len(state.units) - len(units):
+            self._run.tell(f"{n_bad} damaged journal lines: their units are done again")
+        changed = {name for name, seen in self.shards.items() if state.shards.get(name) != seen}
+        if changed:
+            self._run.tell(f"modification time or inode changed: {', '.join(sorted(changed))}; checking their units")
+            units = {p: u for p, u in units.items() if self._heed_stop() and self._recheck(u, changed)}
+        if inode != state.inode:
+            self._run.tell(f"{self.partial.name} was replaced: checking all finished units")
+        elif all(map(self._is_intact, self._doubtful(units))):
+            return units
+        else:
+            self._run.tell("the last finished units are damaged: checking all")
+        return {p: u for p, u in units.items() if self._is_intact(u)}
+
+    def _doubtful(self, units: Mapping[int, FinishedUnit]) -> list[FinishedUnit]:
+        """What is looked at again in any case: the units finished last, and the one that lies last."""
+        latest = list(units.values())[::-1]
+        before = itertools.accumulate((u.n_bytes for u in latest), initial=0)
+        recent = [u for u, n_bytes in zip(latest, before, strict=False) if n_bytes < RECHECKED_BYTES]
+        return [*recent, units[max(units)]] if units else []
+
+    def _is_intact(self, unit: FinishedUnit) -> bool:
+        self._heed_stop()
+        data = np.zeros(unit.n_bytes, np.uint8)
+        n_read = insist(lambda: pread_all(self._fd, data.data, unit.position))
+        return n_read == unit.n_bytes and checksum(data) == unit.output
+
+    def _heed_stop(self) -> bool:
+        if self._run.stop.is_set():
+            raise Interrupted(self._run.stop.signal_number, "stopped", hint=self.hint)
+        return True
+
+    # --------------------------------------------------------------------------------------------------- this run
+
     def write(self, position: int, data: NDArray[np.uint8], source: str, n_zeroed: int = 0) -> FinishedUnit:
         """Write a unit; safe to call from many threads. It counts as finished once it was given to `record`."""
         with explained(self.partial, hint=self.hint):
-            pwrite_all(self._fd, data.data, position)
+            insist(lambda: pwrite_all(self._fd, data.data, position))
         return FinishedUnit(position, data.nbytes, checksum(data), source, n_zeroed)
 
     def record(self, unit: FinishedUnit) -> None:
@@ -152,53 +230,85 @@ class OutputFile:
 
     def flush(self) -> None:
         """Sync what was recorded, then write its journal lines: data always before its line."""
-        if self._batch and self._writer is not None:
+        # Taken out first: what could not be synced must not be tried again. The system has dropped it and says so
+        # once only, so a second sync would succeed, and its lines would stand for bytes that are nowhere.
+        batch, self._batch = self._batch, []
+        self._batch_bytes, self._batch_start = 0, time.monotonic()
+        if batch and self._writer is not None:
+            self._check_alone()
             with explained(self.partial, hint=self.hint):
                 sync_data(self._fd)
-            self._writer.append(self._batch)
-            self.finished.update((u.position, u) for u in self._batch)
-        self._batch, self._batch_bytes, self._batch_start = [], 0, time.monotonic()
+            self._writer.append(batch)
+            self.finished.update((u.position, u) for u in batch)
+
+    def _check_alone(self) -> None:
+        """ResourceError if another run has taken over, or somebody took the file away."""
+        self._lock.check()
+        with explained(self.partial, hint="leave it alone until the work is done"):
+            if not os.path.samestat(os.fstat(self._fd), self.partial.lstat()):
+                raise ResourceError(self.partial, "was replaced while it was being written")
 
     def complete(self, header: bytes, check: Callable[[Path], None]) -> None:
-        """Write the header last, sync, let `check` look at the file, give it its name, remove the journal."""
+        """Write the header last, sync, let `check` look at the file, and give it its name."""
         self.flush()
+        self._check_alone()
         with explained(self.partial, hint=self.hint):
+            self._clear_padding(len(header))
             pwrite_all(self._fd, memoryview(header), 0)
             os.fsync(self._fd)
         try:
             check(self.partial)
-        except BaseException:
-            self.finished.clear()   # what was written wrongly must not be continued
+        except Dsv4Error as e:
+            if not isinstance(e, ResourceError | Interrupted):
+                self.finished.clear()   # what was written wrongly must not be continued
             raise
+        if self._writer is not None:
+            self._writer.mark_complete()
         with explained(self.path, hint=self.hint):
             self.partial.replace(self.path)
             sync_directory(self.path.parent)
-            self.journal.unlink(missing_ok=True)
+        self.completed = True
+
+    def _clear_padding(self, end: int) -> None:
+        """Write zeros wherever no unit lies: no checksum covers that, and an earlier run may have left anything there.
+
+        `end` is that of the header.
+        """
+        for position, n_bytes in itertools.chain(self._extents(), [(self.n_bytes, 0)]):
+            if position < end or (n_bytes and position not in self.finished):
+                raise Dsv4Error(self.partial, f"unit at byte {position:,} is missing or overlaps the one before it",
+                                hint="please report this")
+            if position > end:
+                pwrite_all(self._fd, memoryview(bytes(position - end)), end)
+            end = position + n_bytes
+
+    # ----------------------------------------------------------------------------------------------------- the end
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None and self.completed:
+            with contextlib.suppress(OSError):   # a journal left behind says that there is nothing more to do
+                self.journal.unlink()
+        elif error is not None:
+            # The first error is the one to tell; what cannot be flushed now is done again by the next run.
+            with contextlib.suppress(Exception):
+                self.flush()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Close everything; leave nothing behind where this run has begun anew and finished nothing."""
         try:
-            if error is not None:
-                # The first error is the one to tell; what cannot be flushed now is done again by the next run.
-                with contextlib.suppress(Exception):
-                    self.flush()
-                self._discard_if_empty()
+            if self._has_begun and not self.finished and not self.completed:
+                with contextlib.suppress(OSError, ResourceError):
+                    self._check_alone()
+                    for path in (self.partial, self.journal):
+                        path.unlink(missing_ok=True)
         finally:
-            self._close()
-
-    def _discard_if_empty(self) -> None:
-        """Leave nothing behind where nothing was finished."""
-        if not self.finished:
-            for path in (self.partial, self.journal):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-
-    def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._lock.release()
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            self._lock.release()

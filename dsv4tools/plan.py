@@ -151,6 +151,11 @@ class Plan:
         """Where a unit's bytes begin in the output file."""
         return self.data_offset + unit.planned.offset + unit.start
 
+    @cached_property
+    def n_units(self) -> int:
+        """How many units there are."""
+        return sum(1 for _ in self.units())
+
     def units(self) -> Iterator[Unit]:
         """All units in file order."""
         for planned in self.tensors:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4tools.checkpoint.strict_json import MAX_JSON_BYTES, parse_json, shown
 from dsv4tools.errors import InputError, ResourceError, VerifyError
-from dsv4tools.files import pread_into
+from dsv4tools.files import insist, pread_into
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,7 +65,8 @@ class Shard:
         """Fill `out` with the file's bytes from position `begin`.
 
         The file is opened for each call: no run ever holds more handles than it has readers, and each read sees
-        whether the file was exchanged since the plan.
+        whether the file was exchanged since the plan. What fails with EIO or ESTALE is tried again, the file opened
+        again: network disks recover.
 
         Raises
         ------
@@ -75,9 +76,13 @@ class Shard:
             The file cannot be read, or ended early.
         """
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            insist(lambda: self._read_once(begin, out))
         except OSError as e:
-            raise ResourceError(self.path, f"cannot be opened: {e.strerror}") from None
+            what = "cannot be opened" if e.filename else f"read failed at byte {begin:,}"
+            raise ResourceError(self.path, f"{what}: {e.strerror}") from None
+
+    def _read_once(self, begin: int, out: memoryview) -> None:
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             self._check_unchanged(os.fstat(fd))
             done = 0
@@ -89,8 +94,6 @@ class Shard:
                         f"{self.n_file_bytes:,} bytes", hint="the file was truncated: fetch it again"
                     )
                 done += n
-        except OSError as e:
-            raise ResourceError(self.path, f"read failed at byte {begin:,}: {e.strerror}") from None
         finally:
             os.close(fd)
 

@@ -8,9 +8,7 @@ import click
 
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, say, shell_words, show, show_json, threads_option
 from dsv4tools.cli.signals import graceful_stop
-from dsv4tools.convert import RunOptions
-from dsv4tools.errors import UsageError
-from dsv4tools.manifest import write_manifest
+from dsv4tools.options import RunOptions
 from dsv4tools.parts import assemble as run_assembly
 from dsv4tools.parts import find_parts
 from dsv4tools.sizes import format_bytes
@@ -23,7 +21,7 @@ from dsv4tools.sizes import format_bytes
 @click.option("--manifest", type=click.Path(path_type=Path), metavar="M",
               help="Also write the sha256 of every tensor, of all and of the file to M.")
 @click.option("--restart", is_flag=True, help="Do not continue an interrupted assembly, begin anew.")
-@click.option("--steal-lock", is_flag=True, help="Take the output's lock, whoever holds it.")
+@click.option("--steal-lock", is_flag=True, help="Take the lock of a run that cannot be asked whether it still lives.")
 @json_option
 def assemble(out: Path, threads: int | None, overwrite: bool, manifest: Path | None, restart: bool, steal_lock: bool,
              as_json: bool) -> None:
@@ -34,19 +32,19 @@ def assemble(out: Path, threads: int | None, overwrite: bool, manifest: Path | N
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --part $SLURM_ARRAY_TASK_ID/8
       dsv4tools assemble flash.gguf
     """
-    if manifest is not None and manifest.exists() and not overwrite:
-        raise UsageError(manifest, "exists", hint="--overwrite replaces it")
     total = sum(u.n_bytes for part in find_parts(out) for u in part.units)
     with graceful_stop() as stop, progress_bar(total, out.name) as advance:
         run = RunOptions(threads, restart, steal_lock, advance, lambda note: say(f"note: {note}"), stop)
-        parts, zeroed = run_assembly(out, overwrite=overwrite, run=run)
-    if manifest is not None:
-        write_manifest(out, manifest, zeroed)
-    n_bytes = out.stat().st_size
+        done = run_assembly(out, overwrite=overwrite, manifest=manifest, run=run)
     if as_json:
-        show_json({"out": str(out), "n_bytes": n_bytes, "parts": [str(p) for p in parts],
+        show_json({"out": str(out), "n_bytes": done.n_bytes, "parts": [str(p) for p in done.parts],
+                   "leftovers": [str(p) for p in done.leftovers], "zeroed": done.zeroed,
                    "manifest": str(manifest) if manifest else None})
         return
-    show(f"wrote {out}: {len(parts)} parts joined, {format_bytes(n_bytes)}")
-    show(f"the parts are no longer needed: {shell_words('rm', *parts)}")
+    show(f"wrote {out}: {len(done.parts)} parts joined, {format_bytes(done.n_bytes)}")
+    for name, n in done.zeroed.items():
+        show(f"{n} values that are not finite were converted to 0 in {name}")
+    if manifest:
+        show(f"wrote {manifest}")
+    show(f"the parts are no longer needed: {shell_words('rm', *done.parts, *done.leftovers)}")
     show(f"next: {shell_words('dsv4tools', 'verify', out)}")

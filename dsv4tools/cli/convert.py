@@ -23,12 +23,14 @@ from dsv4tools.cli.output import (
 )
 from dsv4tools.cli.planning import plan_from_options, plan_options
 from dsv4tools.cli.signals import graceful_stop
-from dsv4tools.convert import RunOptions, check_conversion
+from dsv4tools.convert import check_conversion
 from dsv4tools.convert import convert as run_conversion
 from dsv4tools.describe import describe_plan, output_name
 from dsv4tools.engines import choose_engines, judge_plan, require_engines
 from dsv4tools.errors import UsageError
 from dsv4tools.files import usable_cpus
+from dsv4tools.options import RunOptions
+from dsv4tools.outfile import check_not_input
 from dsv4tools.parts import convert_part, parse_part
 from dsv4tools.sizes import format_bytes, format_seconds
 
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 @click.option("--manifest", type=click.Path(path_type=Path), metavar="M",
               help="Also write the sha256 of every tensor, of all and of the file to M.")
 @click.option("--restart", is_flag=True, help="Do not continue an interrupted conversion, begin anew.")
-@click.option("--steal-lock", is_flag=True, help="Take the output's lock, whoever holds it.")
+@click.option("--steal-lock", is_flag=True, help="Take the lock of a run that cannot be asked whether it still lives.")
 @click.option("--part", metavar="I/N", help="Write only part I of N, for job arrays; `assemble` joins them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and write nothing.")
 @json_option
@@ -86,6 +88,7 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
         show_json(report) if as_json else _show_plan(plan, report, verdicts)
         require_engines(plan, verdicts, asked)
         return
+    check_not_input(out, [f for f in (options["template_file"], Path(options["policy"])) if f and f.is_file()])
     if chosen is None:
         check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
     if not as_json:

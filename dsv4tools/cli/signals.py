@@ -7,7 +7,6 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from dsv4tools.cli.output import say
 from dsv4tools.workers import StopRequest
 
 if TYPE_CHECKING:
@@ -24,7 +23,9 @@ def graceful_stop() -> Iterator[StopRequest]:
         if stop.is_set():
             os._exit(128 + number)   # what is journaled survives; nothing else must delay the user
         stop.request(number)
-        say("stopping after the units in hand; once more leaves at once")
+        with contextlib.suppress(OSError):
+            # Not print: the signal may have come in the middle of one, and streams do not allow a second within it.
+            os.write(2, b"stopping after the units in hand; once more leaves at once\n")
 
     kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
