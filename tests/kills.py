@@ -1,7 +1,7 @@
 """Killing a command at random moments, again and again, and looking at what is left each time.
 
-A subject says what is run, and what may be found after a kill. Processes are ready to work before the clock starts, so
-that the kills fall into the work and not into the loading of modules.
+A subject says what is run, and what may be found after a kill. Modules are loaded before the clock starts, so that the
+kills fall into the work.
 """
 
 from __future__ import annotations
@@ -9,40 +9,20 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Protocol, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from conftest import TINY_6E, checksums
+from nursery import Nursery
 
 import dsv4tools as dt
 from dsv4tools.synthetic import write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
-
-_ROOM_SECONDS = 300
-# Has the modules loaded and forks for every run, so that a kill falls into the work; leaves the dead to be asked for.
-_NURSERY = """
-import importlib, os, sys
-importlib.import_module("dsv4tools.cli." + sys.argv[1])
-from dsv4tools.cli.main import main
-while sys.stdin.readline():
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-        try:
-            main()
-        except SystemExit as end:
-            os._exit(end.code)   # at once: what the interpreter does at its end is no part of the work
-    print(child, flush=True)
-    sys.stdin.readline()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
 
 class Subject(Protocol):
     """A command to be killed.
@@ -119,13 +99,14 @@ def kill_often(subject: Subject, kills: int, seed: int = 0) -> Counter[str]:
     """
     rng = random.Random(seed)
     found: Counter[str] = Counter()
-    with Nursery(subject.arguments) as nursery:
+    with tempfile.TemporaryDirectory() as directory, \
+            Nursery(Path(directory), f"dsv4tools.cli.{subject.arguments[0]}") as nursery:
         seconds = min(_run_through(subject, nursery) for _ in range(2))   # the first one loads what is loaded late
         for _ in range(kills):
-            child = nursery.begin()
+            child = nursery.begin(*subject.arguments)
             time.sleep(rng.uniform(0, 1.1 * seconds))
             os.kill(child, signal.SIGKILL)   # at worst a zombie: it is asked for only now
-            assert nursery.end() in {0, -signal.SIGKILL}
+            assert nursery.end().code in {0, -signal.SIGKILL}
             state = subject.look()
             found[state] += 1
             if state == "whole":
@@ -134,40 +115,11 @@ def kill_often(subject: Subject, kills: int, seed: int = 0) -> Counter[str]:
     return found
 
 
-class Nursery:
-    """A process that runs a command again and again in children of its own."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        self._process = subprocess.Popen([sys.executable, "-c", _NURSERY, *arguments], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        self._process.wait(_ROOM_SECONDS)
-        self._process.stdout.close()
-
-    def begin(self) -> int:
-        """Start the command; the process id of the child that runs it."""
-        return int(self._ask())
-
-    def end(self) -> int:
-        """Wait for the child; its exit code, or minus the signal that killed it."""
-        return int(self._ask())
-
-    def _ask(self) -> str:
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self._process.stdout.readline()
-
-
 def _run_through(subject: Subject, nursery: Nursery) -> float:
     """Seconds of a run that nobody kills; its result is looked at and removed."""
     began = time.monotonic()
-    nursery.begin()
-    assert nursery.end() == 0
+    ended = nursery.run(*subject.arguments)
+    assert ended.code == 0, ended
     seconds = time.monotonic() - began
     assert subject.look() == "whole"
     subject.clean()

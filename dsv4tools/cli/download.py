@@ -73,7 +73,7 @@ def download(repository: str, directory: Path | None, revision: str | None, incl
 
 def _tame_loggers() -> None:
     """No signed addresses, no tokens, one line for each warning of the Hub's library, through our own handler."""
-    import huggingface_hub  # noqa: PLC0415  - takes a quarter of a second; sets up its logger
+    import huggingface_hub.utils  # noqa: PLC0415  - takes a quarter of a second; gives the logger its handlers
 
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)

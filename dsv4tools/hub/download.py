@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WORKERS = 8
 _ATTEMPTS = 4              # for each file; huggingface_hub makes some of its own within each
-_SECONDS_TO_STOP = 3.0     # how long a cancelled download may go on: a worker stops at its next chunk
+_SECONDS_TO_STOP = 2.0     # how long a cancelled download may go on: a worker stops at its next chunk
 _SPACE_MARGIN_BYTES = 1 << 24
 
 
