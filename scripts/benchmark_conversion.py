@@ -1,9 +1,9 @@
 """Whole conversions for scripts/benchmark: beside ggml on the same expert rows, and beside what the disk can do.
 
-A checkpoint with Flash's widths is made once (three layers of the three kinds). Each conversion runs in a process of its
-own on source files that were dropped from the page cache. The disk's time is a cold read of the source and a write with
-fsync of as many bytes as the output has, measured in the same run; "pure encode" is the time inside the encoders of a
-conversion by one thread.
+A checkpoint with Flash's widths is made once (three layers of the three kinds). Each conversion runs in a process of
+its own on source files that were dropped from the page cache. The disk's time is a cold read of the source and a write
+with fsync of as many bytes as the output has, measured in the same run; "pure encode" is the time inside the encoders
+of a conversion by one thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from dsv4tools.formats.codecs import prepare
 from dsv4tools.synthetic import write_full_width
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from quant_reference import Ggml
 
 _CHUNK_BYTES = 1 << 23
@@ -160,7 +161,8 @@ def plot(kernels: list[dict[str, Any]], conversions: list[dict[str, Any]], path:
     bars = [(k["kernel"], k["ratio"], f"{k['ratio']:.1f}x {k['other']}") for k in kernels if "ratio" in k]
     rows = [("Kernels, ratio to the other side on the same rows", bars)]
     rows.append(("Conversions, seconds", [
-        (f"{c['experts']} experts, {c['threads']} threads", c["seconds"], f"{c['seconds']:.1f} s") for c in conversions]))
+        (f"{c['experts']} experts, {c['threads']} threads", c["seconds"], f"{c['seconds']:.1f} s")
+        for c in conversions]))
     parts, y = [], 24
     for title, entries in rows:
         if not entries:
