@@ -90,12 +90,21 @@ def test_preallocate_where_the_file_system_cannot(fd, monkeypatch, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    monkeypatch.setattr(files, "_reserve", refuse)
     assert files.preallocate(fd, 1 << 20) is False
     assert os.fstat(fd).st_size == 1 << 20
 
 
+def test_preallocate_elsewhere_than_on_linux(fd, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sys, "platform", "freebsd14")
+    monkeypatch.setattr(os, "posix_fallocate", lambda *arguments: asked.append(arguments), raising=False)
+    assert files.preallocate(fd, 1 << 20) is True
+    assert asked == [(fd, 0, 1 << 20)]
+
+
 def test_preallocate_where_the_system_has_no_such_call(fd, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     assert files.preallocate(fd, 1 << 20) is False
     assert os.fstat(fd).st_size == 1 << 20
@@ -106,7 +115,7 @@ def test_preallocate_where_there_is_no_room(fd, monkeypatch, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    monkeypatch.setattr(files, "_reserve", refuse)
     with pytest.raises(OSError, match=r".") as caught:
         files.preallocate(fd, 1 << 20)
     assert caught.value.errno == number
@@ -195,3 +204,52 @@ def test_usable_cpus(monkeypatch):
     assert files.usable_cpus() == 7
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert files.usable_cpus() == 1
+
+
+def test_insist_tries_again_what_may_pass(monkeypatch):
+    monkeypatch.setattr(files, "_PAUSES", (0, 0))
+    for number in (errno.EIO, errno.ESTALE):
+        answers = iter([OSError(number, "a"), OSError(number, "b"), 7])
+        assert files.insist(lambda answers=answers: fail_or_give(next(answers))) == 7
+        answers = iter([OSError(number, text) for text in "abcd"])
+        with pytest.raises(OSError, match=r"\] c$"):
+            files.insist(lambda answers=answers: fail_or_give(next(answers)))
+
+
+def test_insist_does_not_try_again_what_stays():
+    answers = iter([OSError(errno.ENOSPC, "full"), 7])
+    with pytest.raises(OSError, match="full"):
+        files.insist(lambda: fail_or_give(next(answers)))
+    assert next(answers) == 7
+
+
+def fail_or_give(answer):
+    if isinstance(answer, OSError):
+        raise answer
+    return answer
+
+
+def test_pread_all(fd, monkeypatch):
+    real = files.pread_into
+    monkeypatch.setattr(files, "pread_into", lambda fd, out, at: real(fd, out[:7], at))
+    out = bytearray(100)
+    assert files.pread_all(fd, memoryview(out), 3) == 100
+    assert out == RAW[3:103]
+    assert files.pread_all(fd, memoryview(out), len(RAW) - 30) == 30
+    assert out[:30] == RAW[-30:]
+
+
+def test_try_lock(fd, tmp_path, monkeypatch):
+    other = os.open(tmp_path / "file", os.O_RDWR)
+    try:
+        assert (files.try_lock(fd), files.try_lock(other)) == (True, False)
+
+        def refuse(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr("fcntl.flock", refuse)
+        assert files.try_lock(other) is None
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        assert files.try_lock(other) is None
+    finally:
+        os.close(other)
