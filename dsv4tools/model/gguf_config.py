@@ -45,9 +45,10 @@ def read_gguf_config(file: GgufFile) -> Config:
         *outer, last = key.split(".")
         for part in outer:
             into = into.setdefault(part, {})
-        if into.setdefault(last, value) != value:
-            raise InputError(f"{file.path}: key {prefix + row.key!r}", f"is {value}, {labels[key]} is {into[last]}: "
-                             f"they must be equal")
+        if last in into and into[last] != value:
+            raise InputError(f"{file.path}: key {prefix + row.key!r}",
+                             f"is {value}, {labels[key]} is {into[last]}: they must be equal")
+        into[last] = value
     if "vocab_size" not in raw and "token_embd.weight" in file.tensors:   # llama.cpp's converter does not write it
         raw["vocab_size"] = file.tensors["token_embd.weight"].ne[-1]
     config = parse_config(ConfigReader(raw, file.path, labels))

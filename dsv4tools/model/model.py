@@ -63,7 +63,7 @@ class Model:
     """A model ready to run; made by `open_model`."""
 
     def __init__(self, weights: Weights) -> None:
-        self.weights, self.config = weights, weights.config
+        self.weights, self.config, self._closed = weights, weights.config, False
         self.layers = [Layer(weights, self.config, layer) for layer in range(self.config.num_hidden_layers)]
 
     def __enter__(self) -> Self:
@@ -73,7 +73,8 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Give threads and files back."""
+        """Give threads and files back; may be called twice."""
+        self._closed = True
         self.weights.close()
 
     def new_cache(self) -> Cache:
@@ -88,10 +89,12 @@ class Model:
         Raises
         ------
         UsageError
-            No tokens, or an id outside the vocabulary.
+            No tokens, an id outside the vocabulary, or the model was closed.
         InputError
             A weight is not finite; names tensor, row and column.
         """
+        if self._closed:
+            raise UsageError("model", "was closed")
         ids = self.check_tokens(tokens)
         cache = self.new_cache() if cache is None else cache
         embedded = self.weights.rows("token_embd.weight", ids)                           # [S, D]

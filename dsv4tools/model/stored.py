@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from dsv4tools.checkpoint.matrix import RowReader
+from dsv4tools.errors import InputError
 from dsv4tools.formats.codecs import decode_rows, decode_source
 from dsv4tools.formats.products import MULTIPLIABLE, multiply_rows
 
@@ -54,8 +55,8 @@ class StoredTensor(Protocol):
         False, and nothing done, where the format has no kernel for that.
         """
 
-    def ids(self, row: int, buffers: Buffers) -> NDArray[np.int32]:
-        """One row of a table of integers."""
+    def ids(self, row: int, limit: int, buffers: Buffers) -> NDArray[np.int32]:
+        """One row of a table of ids, valid until the next call; InputError where one is not in 0 .. `limit` - 1."""
 
     def where(self, row: int) -> str:
         """What messages call a row: file, tensor, row."""
@@ -93,9 +94,13 @@ class GgufTensor:
             multiply_rows(self._read(first + a, b - a, buffers), self._info.format, x, out[a:b])
         return True
 
-    def ids(self, row: int, buffers: Buffers) -> NDArray[np.int32]:
+    def ids(self, row: int, limit: int, buffers: Buffers) -> NDArray[np.int32]:
         """See StoredTensor."""
         numbers: NDArray[np.int32] = self._read(row, 1, buffers).view("<i4")
+        bad = np.flatnonzero((numbers < 0) | (numbers >= limit))
+        if len(bad):
+            raise InputError(self.where(row), f"column {bad[0]} routes to expert {numbers[bad[0]]}, "
+                             f"expected 0 to {limit - 1}")
         return numbers
 
     def where(self, row: int) -> str:
@@ -132,9 +137,9 @@ class CheckpointTensor:
         """See StoredTensor."""
         return False
 
-    def ids(self, row: int, buffers: Buffers) -> NDArray[np.int32]:
+    def ids(self, row: int, limit: int, buffers: Buffers) -> NDArray[np.int32]:
         """See StoredTensor."""
-        numbers: NDArray[np.int32] = buffers.reader.read_ids(self._sources[0], row, 1, 1 << 31)[0]
+        numbers: NDArray[np.int32] = buffers.reader.read_ids(self._sources[0], row, 1, limit)[0]
         return numbers
 
     def where(self, row: int) -> str:

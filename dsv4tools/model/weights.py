@@ -91,11 +91,7 @@ class Weights:
         t = self._tensors[name]
         out = np.empty((len(numbers), t.n_cols), np.int64)
         for i, row in enumerate(numbers):
-            out[i] = t.ids(int(row), self._buffers())
-            bad = np.flatnonzero((out[i] < 0) | (out[i] >= limit))
-            if len(bad):
-                raise InputError(t.where(int(row)), f"column {bad[0]} routes to expert {out[i, bad[0]]}, expected 0 to "
-                                 f"{limit - 1}")
+            out[i] = t.ids(int(row), limit, self._buffers())
         return out
 
     def matmul(self, name: str, x: Floats, rows: tuple[int, int] | None = None) -> Floats:
@@ -114,6 +110,8 @@ class Weights:
         out = np.empty((len(x), stop - first), self.dtype)
         if len(x):
             n_shares = max(1, min(self._threads, (stop - first) * t.n_cols // MIN_SHARE_VALUES))
+            if self.dtype != np.float32:
+                n_shares = 1   # these products are numpy's, which has threads of its own
             bounds = [first + (stop - first) * i // n_shares for i in range(n_shares + 1)]
             if n_shares == 1:
                 self._multiply(t, x, first, stop, out)
