@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from process import error_line, messages
 
+from dsv4tools.checkpoint import open_checkpoint
 from dsv4tools.cli.main import main
+from dsv4tools.plan import make_plan
 from dsv4tools.synthetic import FLASH, TINY, write_checkpoint, write_sparse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from dsv4tools.plan import Plan
 
 SMALL = replace(TINY, layers=3, experts=4, lead_ratios=(0, 4, 128), hash_layers=1, draft_blocks=0)
 """One layer of each kind and no draft: what most tests need."""
@@ -49,6 +53,12 @@ def tiny_6e(tmp_path_factory) -> Iterator[Path]:
 def flash_sparse(tmp_path_factory) -> Path:
     """A checkpoint of full size whose tensors are holes. Not to be changed, not to be read through."""
     return write_sparse(tmp_path_factory.mktemp("shared") / "flash", FLASH)
+
+
+@pytest.fixture(scope="session")
+def flash_plan(flash_sparse) -> Plan:
+    """The plan of the checkpoint of full size under the default policy."""
+    return make_plan(open_checkpoint(flash_sparse))
 
 
 @pytest.fixture(scope="session")

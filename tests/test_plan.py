@@ -38,11 +38,6 @@ print(json.dumps({"tensors": len(plan.tensors), "bytes": plan.data_bytes, "units
 """
 
 
-@pytest.fixture(scope="module")
-def flash(flash_sparse):
-    return make_plan(open_checkpoint(flash_sparse))
-
-
 def measured(path):
     run = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True)
     return json.loads(run.stdout)
@@ -67,10 +62,10 @@ def test_pro_to_the_byte_in_seconds_and_little_memory(tmp_path):
     assert found["peak"] < 1 << 30
 
 
-def test_flash_by_type(flash):
-    totals = flash.bytes_by_format()
+def test_flash_by_type(flash_plan):
+    totals = flash_plan.bytes_by_format()
     assert list(totals) == ["Q4_K", "Q8_0", "F16", "I32", "F32"]
-    assert sum(totals.values()) <= flash.data_bytes
+    assert sum(totals.values()) <= flash_plan.data_bytes
     assert totals["Q4_K"] == 43 * 3 * 256 * 2048 * 4096 // 256 * 144
     assert totals["I32"] == 3 * 129_280 * 6 * 4
 
@@ -142,8 +137,8 @@ def assert_units_tile(planned):
     assert next(sources, None) is None
 
 
-def test_units_tile_every_tensor(tiny_6e, flash):
-    for plan in (make_plan(open_checkpoint(tiny_6e)), flash):
+def test_units_tile_every_tensor(tiny_6e, flash_plan):
+    for plan in (make_plan(open_checkpoint(tiny_6e)), flash_plan):
         for planned in plan.tensors:
             assert_units_tile(planned)
         assert len({plan.position(u) for u in plan.units()}) == sum(1 for _ in plan.units())
@@ -160,13 +155,13 @@ def test_units_of_any_shape_and_block_tile_and_keep_to_their_bound(n_sources, n_
     assert_units_tile(PlannedTensor(tensor, FORMATS["F16"], "rule", 0, 2 * prod(tensor.ne)))
 
 
-def test_units_begin_at_blocks_of_scales(flash):
-    assert all(u.first_row % u.matrix.block[0] == 0 for u in flash.units())
+def test_units_begin_at_blocks_of_scales(flash_plan):
+    assert all(u.first_row % u.matrix.block[0] == 0 for u in flash_plan.units())
 
 
-def test_memory_is_by_threads_and_not_by_tensors(flash, tiny_6e):
-    assert flash.memory_bytes(8) == (8 + EXTRA_THREADS) * flash.memory_bytes(1) // (1 + EXTRA_THREADS)
-    assert flash.memory_bytes(1) // (1 + EXTRA_THREADS) <= 4 * MAX_UNIT_VALUES + 4 * MAX_UNIT_VALUES
+def test_memory_is_by_threads_and_not_by_tensors(flash_plan, tiny_6e):
+    assert flash_plan.memory_bytes(8) == (8 + EXTRA_THREADS) * flash_plan.memory_bytes(1) // (1 + EXTRA_THREADS)
+    assert flash_plan.memory_bytes(1) // (1 + EXTRA_THREADS) <= 4 * MAX_UNIT_VALUES + 4 * MAX_UNIT_VALUES
     assert make_plan(open_checkpoint(tiny_6e)).memory_bytes(1) < 10 << 20
 
 

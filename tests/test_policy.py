@@ -84,9 +84,9 @@ def test_shipped_policies_give_the_types_of_the_c_tools_recipes(tiny_6e, data, n
     assert {tensor: d.format.name for tensor, d in found.items()} == {n: t["type"] for n, t in expected.items()}
 
 
-def test_q4k_gives_the_types_that_both_engines_load_at_full_size(flash_sparse, data):
+def test_q4k_gives_the_types_that_both_engines_load_at_full_size(flash_plan, data):
     expected = json.loads((data / "flash_one_file.json").read_text("utf-8"))["tensors"]
-    found = decide_formats(load_policy("q4k"), derive_template(open_checkpoint(flash_sparse)).tensors, {})
+    found = decide_formats(load_policy("q4k"), flash_plan.template.tensors, {})
     assert {tensor: d.format.name for tensor, d in found.items()} == {name: kind for name, kind, _ in expected}
 
 
