@@ -33,8 +33,8 @@ class Effect:
     scored_layers:
         Layers that choose their best-scored experts at run time: nothing is stored for them.
     active_before, active_after:
-        Parameters that a token passes through: everything but the experts that it does not visit, draft blocks left
-        out. Embedding and output head count in full.
+        Parameters that a token passes through: all but the experts that it does not visit, the embedding (of which it
+        reads one row) and draft blocks.
     """
 
     experts_before: int
@@ -61,12 +61,12 @@ def measure_effect(
 
 
 def count_checkpoint(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Parameters of a checkpoint outside its routed experts, and in all of them; draft blocks are left out."""
+    """Parameters of a checkpoint outside its routed experts, and in all of them; without embedding and draft blocks."""
     tensors = checkpoint.tensors
     scales = {scale_name(name) for name in tensors if name.endswith(".weight")}
     common = routed = 0
     for name, t in tensors.items():
-        if name.startswith("mtp.") or name in scales or ROUTING_TABLE.fullmatch(name):
+        if name == "embed.weight" or name.startswith("mtp.") or name in scales or ROUTING_TABLE.fullmatch(name):
             continue
         packed = t.dtype in _PACKED_PAIRS and scale_name(name) in tensors
         n = prod(t.shape) * (2 if packed else 1)
@@ -81,7 +81,7 @@ def count_gguf(tensors: Iterable[TensorInfo]) -> tuple[int, int]:
     """The same for the tensors of a GGUF."""
     common = routed = 0
     for t in tensors:
-        if t.format.name == "I32":
+        if t.name == "token_embd.weight" or t.format.name == "I32":
             continue
         if "_exps." in t.name:
             routed += prod(t.ne)
