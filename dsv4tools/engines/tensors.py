@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -87,8 +89,14 @@ def _expected(
                 yield o.name, replace(o, absent=""), name, tuple(sizes[s] for s in reversed(o.shape))
 
 
+@cache
+def _any_of(globs: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches what one of `globs` matches."""
+    return re.compile("|".join(map(translate, globs)))
+
+
 def _judge_type(profile: Profile, row: str, info: TensorInfo) -> Iterator[_Found]:
-    rule = next((r for r in profile.tensor if any(fnmatchcase(info.name, glob) for glob in r.tensors)), None)
+    rule = next((r for r in profile.tensor if _any_of(r.tensors).match(info.name)), None)
     if rule is None or info.format.name in rule.types:
         return
     unknown = info.format.name in profile.unknown_types
@@ -108,7 +116,7 @@ def _judge_dims(profile: Profile, row: str, info: TensorInfo, ne: tuple[int, ...
     found, expected = info.ne, ne
     if profile.trailing_ones:
         found, expected = _without_ones(found), _without_ones(expected)
-    if any(fnmatchcase(info.name, glob) for glob in profile.reshaped):
+    if profile.reshaped and _any_of(profile.reshaped).match(info.name):
         found, expected = (found[0], prod(found)) if found else (), (expected[0], prod(expected))
     if found == expected:
         return
