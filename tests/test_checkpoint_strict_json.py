@@ -11,7 +11,7 @@ from bounds import cheap
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv4tools.checkpoint.strict_json import parse_json, read_json_object, read_small_file, shown
+from dsv4tools.checkpoint.strict_json import listed, parse_json, read_json_object, read_small_file, shown
 from dsv4tools.errors import InputError, ResourceError
 
 VALUES = st.recursive(
@@ -111,3 +111,5 @@ def test_what_the_system_refuses_is_a_fault_of_resources(tmp_path, monkeypatch):
 def test_messages_show_values_shortened():
     assert shown({"a": [1]}) == "{'a': [1]}"
     assert shown("x" * 1000) == "'" + "x" * 196 + "..."
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([str(n) for n in range(1003)]).endswith(", 999 and 3 more")

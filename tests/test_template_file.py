@@ -86,8 +86,9 @@ def test_a_template_is_the_header_and_says_so(checkpoint, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["t.gguf"]
 
 
-def test_a_sparse_template_is_a_whole_file_for_every_reader(checkpoint, tmp_path):
-    plan = make_plan(checkpoint)
+@pytest.mark.parametrize(("policy", "experts_per_token"), [("q4k", 2), ("q8", 1), ("bf16", 2), ("f32", 1)])
+def test_a_sparse_template_is_a_whole_file_for_every_reader(checkpoint, tmp_path, policy, experts_per_token):
+    plan = make_plan(reroute(checkpoint, experts_per_token), policy=policy)
     path = tmp_path / "t.gguf"
     n_bytes = write_template(plan, path, sparse=True)
     assert path.stat().st_size == n_bytes
@@ -234,6 +235,7 @@ def test_foreign_entries_are_kept_and_what_a_conversion_decides_is_not(checkpoin
                                  ("deepseek4.nextn_predict_layers", "u32", 1), ("general.file_type", "u32", 99),
                                  ("general.quantization_version", "u32", 1), ("general.quantized_by", "str", "other"),
                                  ("quantize.imatrix.file", "str", "/home/me/x"), ("dsv4tools.policy", "str", "old"),
+                                 ("split.count", "u16", 1), ("split.no", "u16", 0),
                                  ("tokenizer.chat_template", "str", "{{ x }}")):
             set_kv(key, kind, value)(kvs)
 
@@ -245,8 +247,8 @@ def test_foreign_entries_are_kept_and_what_a_conversion_decides_is_not(checkpoin
     assert (values["general.file_type"], values["general.quantization_version"]) == (14, 2)
     assert values["general.quantized_by"].startswith("dsv4tools ")
     assert values["dsv4tools.policy"] == "q4k"
-    assert "quantize.imatrix.file" not in values
-    assert "dsv4tools.template" not in values
+    for key in ("quantize.imatrix.file", "dsv4tools.template", "split.count", "split.no"):
+        assert key not in values
 
 
 # What contradicts

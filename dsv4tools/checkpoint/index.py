@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from dsv4tools.checkpoint.shard import Shard, read_shard
-from dsv4tools.checkpoint.strict_json import read_json_object
+from dsv4tools.checkpoint.strict_json import listed, read_json_object, shown
 from dsv4tools.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 def check_shard_name(name: object, where: object) -> str:
     """`name` if it is a plain file name ending in .safetensors, else InputError."""
     if not isinstance(name, str) or len(name) > 255 or not _SHARD_NAME.fullmatch(name):
-        raise InputError(where, f"shard name {name!r} is not a plain file name ending in .safetensors")
+        raise InputError(where, f"shard name {shown(name)} is not a plain file name ending in .safetensors")
     return name
 
 
@@ -85,11 +85,11 @@ def open_shards(directory: Path) -> dict[str, Shard]:
     problems = [f"{n} is named by the index but missing" for n in names if n not in present]
     problems += [f"{n} is not named by the index" for n in present if n not in names]
     if problems:
-        raise InputError(index, ", ".join(problems), hint="fetch the missing files, remove what does not belong")
+        raise InputError(index, listed(problems), hint="fetch the missing files, remove what does not belong")
     shards = {n: read_shard(locate_shard(directory, n)) for n in names}
     problems = list(_contradictions(weight_map, shards))
     if problems:
-        raise InputError(index, ", ".join(problems))
+        raise InputError(index, listed(problems))
     return shards
 
 

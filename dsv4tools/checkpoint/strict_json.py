@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dsv4tools.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 MAX_SHOWN_LENGTH = 200
+MAX_LISTED = 1000
 MAX_JSON_BYTES = 100_000_000   # the cap of the safetensors format; no published file comes near it
 
 
@@ -64,6 +66,12 @@ def shown(value: object) -> str:
     """What a message says of an unchecked value: its repr, shortened, so that a message stays a line."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN_LENGTH else f"{text[:MAX_SHOWN_LENGTH - 3]}..."
+
+
+def listed(items: Sequence[str]) -> str:
+    """What a message says of many things: all of them, up to a thousand, and how many more."""
+    more = f" and {len(items) - MAX_LISTED:,} more" if len(items) > MAX_LISTED else ""
+    return ", ".join(items[:MAX_LISTED]) + more
 
 
 def read_small_file(path: Path, *, max_bytes: int) -> bytes:

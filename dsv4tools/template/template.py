@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsv4tools.checkpoint.strict_json import MAX_LISTED, listed
 from dsv4tools.errors import InputError
 from dsv4tools.gguf.reader import open_gguf
 from dsv4tools.template.metadata import general_entries, model_entries, tokenizer_entries
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _TOKENS = "tokenizer.ggml.tokens"
 # Entries that a conversion decides anew; a template file's own are dropped.
-_RENEWED = ("general.file_type", "general.quantization_version", "general.quantized_by", "quantize.imatrix.",
+_RENEWED = ("general.file_type", "general.quantization_version", "general.quantized_by", "quantize.imatrix.", "split.",
             "dsv4tools.")
 
 
@@ -95,15 +96,15 @@ def _order_tensors(derived: Template, file: GgufFile) -> tuple[TemplateTensor, .
     missing = [n for n in ours if n not in file.tensors]
     extra = [n for n in file.tensors if n not in ours]
     if missing:
-        problems.append(f"lacks {len(missing)} tensors of the checkpoint: {', '.join(missing)}")
+        problems.append(f"lacks {len(missing)} tensors of the checkpoint: {listed(missing)}")
     if extra:
-        problems.append(f"has {len(extra)} tensors that the checkpoint does not give: {', '.join(extra)}")
+        problems.append(f"has {len(extra)} tensors that the checkpoint does not give: {listed(extra)}")
     problems += [
         f"tensor {name!r} is {list(file.tensors[name].ne)}, the checkpoint gives {list(t.ne)}"
         for name, t in ours.items() if name in file.tensors and file.tensors[name].ne != t.ne
     ]
     if problems:
-        raise InputError(file.path, "; ".join(problems), hint="use a template of the same model, or none")
+        raise InputError(file.path, "; ".join(problems[:MAX_LISTED]), hint="use a template of the same model, or none")
     return tuple(ours[name] for name in file.tensors)
 
 

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from dsv4tools.checkpoint.matrix import SCALED_DTYPES, Matrix, bind_matrix, scale_name
+from dsv4tools.checkpoint.strict_json import MAX_LISTED, listed
 from dsv4tools.errors import InputError
 from dsv4tools.template.symbols import layer_sizes, model_sizes
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from dsv4tools.checkpoint import Checkpoint, Config
     from dsv4tools.template.tables import ModelTables, TensorRow
-
-MAX_LISTED = 1000   # names in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +140,9 @@ def _check_claims(checkpoint: Checkpoint, tables: ModelTables, names: list[str])
             left_out[rule] += 1
     problems = []
     if missing:
-        problems.append(f"missing: {_listed(missing)}")
+        problems.append(f"missing: {listed(missing)}")
     if unclaimed:
-        problems.append(f"that nothing uses: {_listed(unclaimed)}")
+        problems.append(f"that nothing uses: {listed(unclaimed)}")
     if problems:
         c = checkpoint.config
         raise InputError(
@@ -152,8 +151,3 @@ def _check_claims(checkpoint: Checkpoint, tables: ModelTables, names: list[str])
                  f"num_hash_layers = {c.num_hash_layers}) and shards do not describe the same model",
         )
     return left_out
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
