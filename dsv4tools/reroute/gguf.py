@@ -83,7 +83,7 @@ def reroute_gguf(
             announce(plan.n_bytes)
         cutters = {name: _make_cutter(file, name, plan) for name in plan.tables.values()}
         partial = partial_path(out)
-        with _not_in_conversion(out), complete_file(out) as fd:
+        with _not_in_conversion(out) as lock, complete_file(out) as fd:
             with explained(partial):
                 preallocate(fd, plan.n_bytes)
             for name, tensor in plan.tensors.items():
@@ -100,26 +100,27 @@ def reroute_gguf(
             if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
                 raise VerifyError(source, "source changed while it was being read", hint="start again")
             _check_written(partial, plan, file)
+            lock.check()
         effect = measure_effect(count_gguf(file.tensors.values()), plan.experts, plan.tables, plan.n_layers)
     return Rerouted(out, effect, tuple(plan.tables.values()), {out.name: "rewritten"}, plan.n_bytes,
                     tuple(describe_repeats(cutters.values())))
 
 
 @contextlib.contextmanager
-def _not_in_conversion(out: Path) -> Iterator[None]:
+def _not_in_conversion(out: Path) -> Iterator[OutputLock]:
     """Keep conversions from writing `out`, and our hands from what an interrupted one will go on with."""
     _, _, journal, lock_path = working_paths(out)
     lock = OutputLock(lock_path)
     try:
         lock.acquire()
     except ResourceError as e:
-        hint = "wait for it; if you are sure that it is gone, remove the file"
+        hint = "if you are sure that it is gone, remove the file" if "--steal-lock" in e.hint else e.hint
         raise ResourceError(e.where, e.what, hint=hint) from None
     try:
         if journal.exists():
             raise UsageError(journal, "is of an interrupted conversion to the same output",
                              hint="continue it, or remove the journal, or choose another name")
-        yield
+        yield lock
     finally:
         lock.release()
 

@@ -60,7 +60,7 @@ def link_shard(shard: Shard, target: Path, link: Link) -> str:
             os.link(shard.path.resolve(), target)
         except OSError as e:
             if link == "hard":
-                raise UsageError(target, f"cannot be a hard link to {shard.path}: {e.strerror}",
+                raise UsageError(shard.path, f"cannot be hard-linked to the output: {e.strerror}",
                                  hint="--link auto clones or copies where links cannot be") from None
         else:
             _check_same(shard, target.lstat())
