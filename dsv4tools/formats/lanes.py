@@ -5,10 +5,11 @@ block k, every lane does what the scalar formula does, in its order, and `WIDTH`
 LLVM vectors, ``<32 x float>`` for instance. Any width compiles on any processor, a wide vector becomes as many
 registers as it needs, and what a lane computes does not depend on how many there are.
 
-In kernels: ``+ - * /`` and comparisons on float32 lanes, ``+ - & | ^ << >>`` and comparisons on int32 and int8 lanes
-(``>>`` moves zeros in), ``& | ~`` on masks, and the functions below. A number next to lanes fills as many. Nothing is
-contracted, reordered or approximated. There is no conversion from float to integer, because out of range its result
-depends on the processor: see `clipped`, `nint` and `truncated`.
+In kernels: ``+ - * /`` and comparisons on float32 lanes, ``+ - *`` on float64 lanes (for sums that no format depends
+on), ``+ - & | ^ << >>`` and comparisons on int32 and int8 lanes (``>>`` moves zeros in), ``& | ~`` on masks, and the
+functions below. A number next to lanes fills as many. Nothing is contracted, reordered or approximated. There is no
+conversion from float to integer, because out of range its result depends on the processor: see `clipped`, `nint` and
+`truncated`.
 """
 
 from __future__ import annotations
@@ -44,12 +45,15 @@ def _choose_width() -> int:
 
 WIDTH = _choose_width()
 
-_WORD = {"float32": ir.FloatType(), "int32": ir.IntType(32), "int8": ir.IntType(8), "mask": ir.IntType(1)}
+_WORD = {
+    "float32": ir.FloatType(), "float64": ir.DoubleType(), "int32": ir.IntType(32), "int8": ir.IntType(8),
+    "mask": ir.IntType(1),
+}  # fmt: skip
 _INT32 = ir.IntType(32)
 
 
 class LanesType(types.Type):
-    """`width` lanes of one element: float32, int32, int8 or mask."""
+    """`width` lanes of one element: float32, float64, int32, int8 or mask."""
 
     def __init__(self, element: str, width: int) -> None:
         self.element = element
@@ -91,9 +95,15 @@ def _fill(context: Any, builder: Any, number: Any, lanes: LanesType, value: Any)
 # ---- Operators: for each symbol and element the element of the result, and the LLVM instruction.
 
 _OPERATORS: dict[Any, dict[str, tuple[str, Any]]] = {
-    operator.add: {"float32": ("float32", "fadd"), "int32": ("int32", "add"), "int8": ("int8", "add")},
-    operator.sub: {"float32": ("float32", "fsub"), "int32": ("int32", "sub"), "int8": ("int8", "sub")},
-    operator.mul: {"float32": ("float32", "fmul")},
+    operator.add: {
+        "float32": ("float32", "fadd"), "float64": ("float64", "fadd"),
+        "int32": ("int32", "add"), "int8": ("int8", "add"),
+    },
+    operator.sub: {
+        "float32": ("float32", "fsub"), "float64": ("float64", "fsub"),
+        "int32": ("int32", "sub"), "int8": ("int8", "sub"),
+    },
+    operator.mul: {"float32": ("float32", "fmul"), "float64": ("float64", "fmul")},
     operator.truediv: {"float32": ("float32", "fdiv")},
     operator.and_: {"int32": ("int32", "and_"), "int8": ("int8", "and_"), "mask": ("mask", "and_")},
     operator.or_: {"int32": ("int32", "or_"), "int8": ("int8", "or_"), "mask": ("mask", "or_")},
@@ -194,6 +204,7 @@ square_root = _function("square_root", "float32", "float32", _call("sqrt"), "The
 truncated = _function("truncated", "float32", "float32", _call("trunc"), "Rounded towards zero, still float32.")
 to_float = _function("to_float", "int32", "float32", lambda b, x, t: b.sitofp(x, t), "float32 of int32.")
 byte_to_float = _function("byte_to_float", "int8", "float32", lambda b, x, t: b.sitofp(x, t), "float32 of int8.")
+widened = _function("widened", "float32", "float64", lambda b, x, t: b.fpext(x, t), "The same numbers as float64.")
 byte_to_int = _function("byte_to_int", "int8", "int32", lambda b, x, t: b.zext(x, t), "int32 0..255 of bytes.")
 to_byte = _function("to_byte", "int32", "int8", lambda b, x, t: b.trunc(x, t), "The low bytes of int32.")
 bits_of = _function("bits_of", "float32", "int32", lambda b, x, t: b.bitcast(x, t), "The bits of float32.")
@@ -265,7 +276,7 @@ def fill(_typing: Any, value: Any) -> Any:
     return lanes(lanes), lambda _context, _builder, _signature, args: args[0]
 
 
-_ARRAY_ELEMENTS = {types.float32: "float32", types.int32: "int32", types.uint8: "int8"}
+_ARRAY_ELEMENTS = {types.float32: "float32", types.float64: "float64", types.int32: "int32", types.uint8: "int8"}
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: Any) -> Any:
@@ -275,7 +286,7 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any
 
 @instruction
 def load_lanes(_typing: Any, n: Any, array: Any, index: Any) -> Any:
-    """`n` lanes (a literal number) from neighbours in a float32, int32 or uint8 array, from `index` on; unchecked."""
+    """`n` lanes (a literal number) from neighbours in an array of their element, from `index` on; unchecked."""
     if not isinstance(n, types.Literal):
         return None
     lanes = lanes_type(_ARRAY_ELEMENTS[array.dtype], n.literal_value)

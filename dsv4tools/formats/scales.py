@@ -1,0 +1,126 @@
+"""Where the scales of a block lie, and what can be wrong with them. Plain numpy: scales are few.
+
+Offsets are those of the block structures in ggml-common.h (ggml 0.25). A scale that is NaN or infinite makes every
+value of its block so: ggml's own check of quantized data (ggml_validate_row_data) refuses exactly these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dsv4tools.formats.table import Format
+
+_N_NAMED = 8   # blocks that are named; the rest is counted
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleField:
+    """One scale of a block: its name in ggml, its byte in the block, its number format (f16, f32 or e8m0)."""
+
+    name: str
+    offset: int
+    kind: str = "f16"
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that it takes."""
+        return {"f16": 2, "f32": 4, "e8m0": 1}[self.kind]
+
+
+def _at(**offsets: int) -> tuple[ScaleField, ...]:
+    return tuple(ScaleField(name, offset) for name, offset in offsets.items())
+
+
+# Types that are missing have no block scale, or (IQ1_M, NVFP4) one of another make.
+SCALE_FIELDS: dict[str, tuple[ScaleField, ...]] = {
+    "Q4_0": _at(d=0), "Q4_1": _at(d=0, m=2), "Q5_0": _at(d=0), "Q5_1": _at(d=0, m=2), "Q8_0": _at(d=0),
+    "Q8_1": _at(d=0, s=2), "Q2_K": _at(d=80, dmin=82), "Q3_K": _at(d=108), "Q4_K": _at(d=0, dmin=2),
+    "Q5_K": _at(d=0, dmin=2), "Q6_K": _at(d=208), "Q8_K": (ScaleField("d", 0, "f32"),), "IQ2_XXS": _at(d=0),
+    "IQ2_XS": _at(d=0), "IQ3_XXS": _at(d=0), "IQ1_S": _at(d=0), "IQ4_NL": _at(d=0), "IQ3_S": _at(d=0),
+    "IQ2_S": _at(d=0), "IQ4_XS": _at(d=0), "TQ1_0": _at(d=52), "TQ2_0": _at(d=64),
+    "MXFP4": (ScaleField("e", 0, "e8m0"),), "Q1_0": _at(d=0),
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class ScaleCounts:
+    """What the scales of a run of blocks are like.
+
+    Attributes
+    ----------
+    n_blocks:
+        How many blocks there were.
+    n_not_finite:
+        Blocks with a scale that is NaN or infinite.
+    n_zero:
+        Blocks whose scales are all zero: every value of them is.
+    n_subnormal:
+        Blocks whose first scale is a subnormal F16: it has fewer than eleven bits.
+    faults:
+        ``(block, what is wrong)`` of the first blocks that are not finite.
+    """
+
+    n_blocks: int = 0
+    n_not_finite: int = 0
+    n_zero: int = 0
+    n_subnormal: int = 0
+    faults: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, other: ScaleCounts) -> None:
+        """Take another run's counts in."""
+        self.n_blocks += other.n_blocks
+        self.n_not_finite += other.n_not_finite
+        self.n_zero += other.n_zero
+        self.n_subnormal += other.n_subnormal
+        self.faults = sorted([*self.faults, *other.faults])[:_N_NAMED]
+
+
+def find_field(target: Format, byte: int) -> ScaleField | None:
+    """The scale that byte `byte` of a block belongs to."""
+    fields = SCALE_FIELDS.get(target.name, ())
+    return next((f for f in fields if f.offset <= byte < f.offset + f.n_bytes), None)
+
+
+def check_scales(data: NDArray[np.uint8], target: Format, first_block: int = 0) -> ScaleCounts:
+    """Look at the scales of whole blocks, uint8 [n * block_bytes]; `first_block` is the number of the first."""
+    blocks = data.reshape(-1, target.block_bytes)
+    counts = ScaleCounts(len(blocks))
+    zero: NDArray[np.bool_] | None = None
+    bad = np.zeros(len(blocks), np.bool_)
+    for number, each in enumerate(SCALE_FIELDS.get(target.name, ())):
+        stored = np.ascontiguousarray(blocks[:, each.offset : each.offset + each.n_bytes])
+        if each.kind == "e8m0":   # 255 is NaN; there is no zero
+            bad |= stored[:, 0] == 255
+            continue
+        bits = stored.view(f"<u{each.n_bytes}")[:, 0]
+        infinity, smallest = (0x7C00, 0x0400) if each.kind == "f16" else (0x7F800000, 0x00800000)
+        magnitude = bits & (0x7FFF if each.kind == "f16" else 0x7FFFFFFF)
+        bad |= magnitude >= infinity
+        is_zero = magnitude == 0
+        zero = is_zero if zero is None else zero & is_zero
+        if number == 0:
+            counts.n_subnormal = int(np.count_nonzero((magnitude < smallest) & ~is_zero))
+    counts.n_zero = int(np.count_nonzero(zero)) if zero is not None else 0
+    counts.n_not_finite = int(np.count_nonzero(bad))
+    if counts.n_not_finite:
+        counts.faults = [(first_block + int(i), _describe(blocks[i], target)) for i in np.flatnonzero(bad)[:_N_NAMED]]
+    return counts
+
+
+def _describe(block: NDArray[np.uint8], target: Format) -> str:
+    wrong = []
+    for each in SCALE_FIELDS[target.name]:
+        raw = block[each.offset : each.offset + each.n_bytes].tobytes()
+        if each.kind == "e8m0":
+            value = np.nan if raw[0] == 255 else 1.0
+        else:
+            value = float(np.frombuffer(raw, "<f2" if each.kind == "f16" else "<f4")[0])
+        if not np.isfinite(value):
+            wrong.append(f"{each.name} is {'NaN' if np.isnan(value) else 'infinite'}")
+    return " and ".join(wrong)
