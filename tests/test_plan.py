@@ -27,13 +27,13 @@ from dsv4tools.workers import EXTRA_THREADS
 
 MEASURE = """
 import json, resource, sys, time
-begin = time.perf_counter()
+begin = time.process_time()
 import dsv4tools as dt
 plan = dt.plan(dt.open_checkpoint(sys.argv[1]))
 n_units = sum(1 for _ in plan.units())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 print(json.dumps({"tensors": len(plan.tensors), "bytes": plan.data_bytes, "units": n_units, "peak": peak,
-                  "seconds": time.perf_counter() - begin, "buffers": plan.memory_bytes(8),
+                  "seconds": time.process_time() - begin, "buffers": plan.memory_bytes(8),
                   "numba": "numba" in sys.modules}))
 """
 
