@@ -183,7 +183,11 @@ def quantize_q8_0(x):
         return np.concatenate([head, q.view(np.uint8)], axis=1).reshape(len(x), -1)
 
 
-GGML_TYPES = {"Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144)}   # id, values and bytes of a block
+GGML_TYPES = {   # id, values and bytes of a block
+    "Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144), "MXFP4": (39, 32, 17),
+    "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210),
+    "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24),
+}  # fmt: skip
 
 
 class Ggml:

@@ -40,6 +40,7 @@ _CODECS: dict[str, _Codec] = {
     "BF16": _Codec("floats", "encode_bf16", "decode_bf16"),
     "Q8_0": _Codec("q8_0"),
     "Q4_K": _Codec("q4_k", uses_importance=True),
+    "MXFP4": _Codec("mxfp4"),
 }
 
 ENCODABLE = frozenset(name for name, codec in _CODECS.items() if codec.encoder)

@@ -37,6 +37,7 @@ ENCODED = {
     "BF16": "4e593d0abbe78f09",
     "Q8_0": "b5a9b2a52778d00c",
     "Q4_K": "0d644b1432662833",
+    "MXFP4": "09d7a3df3922b0fb",
 }
 IMPORTANT = {"Q4_K": "dfe2e225917eafcf"}     # the same values, column i weighing ramp(i)^2
 DECODED = {   # 32 blocks of bytes
@@ -45,6 +46,7 @@ DECODED = {   # 32 blocks of bytes
     "BF16": "fa70a0b67884e2e5",
     "Q8_0": "ac1b16d7ecc1c791",
     "Q4_K": "1b2458670fe5a256",
+    "MXFP4": "0a1dce93c9160ae9",
 }
 SOURCES = {   # every code under the scales 2^-127, 1 and 2^100
     SourceKind.FP8: "fde677d4b4a7cea5",
