@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import checksums
+from conftest import SMALL, checksums
 from gguf_bytes import F32, STR, gguf, kv_arr, kv_str, kv_u32, tensor, text
 from process import COMMAND, ROOM_SECONDS, failed, messages, run
 from tamper import drop_tensor, edit_config, find_tensor, shards
@@ -40,8 +40,6 @@ def find_command(words) -> click.Command:
 @pytest.fixture
 def source(_written):
     """A small checkpoint. Not to be changed."""
-    from conftest import SMALL  # noqa: PLC0415  - the suite's own module
-
     path = _written(shape=SMALL, seed=0, shards=2, merges_form="strings")
     before = checksums(path)
     yield path
@@ -529,8 +527,6 @@ NOT_UTF8 = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 @pytest.fixture(scope="module")
 def oddly_named(_written, tmp_path_factory):
     """A checkpoint and its GGUF, in paths with blanks, quotes and characters of several scripts."""
-    from conftest import SMALL  # noqa: PLC0415  - the suite's own module
-
     directory = tmp_path_factory.mktemp("odd")
     source = _written(shape=replace(SMALL, layers=1), seed=0, shards=2, merges_form="strings")
     checkpoint = shutil.copytree(source, directory / "Prüf stand \u2603 it's")

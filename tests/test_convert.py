@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -220,8 +222,6 @@ def test_a_header_that_was_written_wrongly_never_gets_the_final_name(make_checkp
 
 
 def test_the_mode_is_the_umasks(make_checkpoint, tmp_path):
-    import os  # noqa: PLC0415  - the umask belongs to the process
-
     before = os.umask(0o027)
     try:
         dt.convert(dt.plan(dt.open_checkpoint(make_checkpoint(layers=1))), tmp_path / "out.gguf")
@@ -401,8 +401,6 @@ def test_python_interface_as_documented(make_checkpoint, tmp_path):
     "first", ["dsv4tools", "dsv4tools.plan", "dsv4tools.convert", "dsv4tools.verify.run", "dsv4tools.reroute"]
 )
 def test_functions_that_share_a_modules_name_stay_functions(first):
-    import subprocess  # noqa: PLC0415  - one test needs a fresh interpreter
-
     code = f"""
 import {first}
 import dsv4tools as dt

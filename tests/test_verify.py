@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import SMALL
 from gguf import GGUFReader
 from gguf_bytes import U32, gguf, kv, kv_arr, kv_str, tensor, text
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from tamper import drop_tensor, find_tensor, write_tensor
 import dsv4tools as dt
 from dsv4tools.describe import describe_gguf
 from dsv4tools.errors import Dsv4Error, InputError, UsageError
+from dsv4tools.formats import selftest
 from dsv4tools.gguf.header import encode_header
 from dsv4tools.gguf.reader import scan_gguf
 from dsv4tools.gguf.values import KV
@@ -32,8 +34,6 @@ TYPE_IDS = {"F32": 0, "F16": 1, "Q8_0": 8, "Q4_K": 12, "I16": 25, "I32": 26, "BF
 @pytest.fixture(scope="module")
 def pair(_written, tmp_path_factory):
     """A small checkpoint and its GGUF. Not to be changed."""
-    from conftest import SMALL  # noqa: PLC0415  - the suite's own module
-
     source = _written(shape=SMALL, seed=0, shards=2, merges_form="strings")
     out = tmp_path_factory.mktemp("pair") / "right.gguf"
     dt.convert(dt.plan(dt.open_checkpoint(source)), out)
@@ -435,8 +435,6 @@ def test_a_report_is_data(source, right):
 
 def test_a_kernel_that_computes_wrongly_is_noticed(source, right, monkeypatch):
     """A verification must not trust kernels that fail their self-test: it would call right files wrong."""
-    from dsv4tools.formats import selftest  # noqa: PLC0415  - only to spoil it
-
     monkeypatch.setitem(selftest.ENCODED, "Q4_K", "0" * 16)
     with pytest.raises(Dsv4Error, match="kernel self-test failed"):
         dt.verify(right, source=source)
