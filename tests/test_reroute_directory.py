@@ -262,7 +262,7 @@ def refuse_links(monkeypatch):
 
 def test_where_links_cannot_be(six, tmp_path, monkeypatch):
     refuse_links(monkeypatch)
-# --------------------------------------------------------------------------------------- links, clones and copies
+    with pytest.raises(UsageError, match=r"cannot be hard-linked to the output: Invalid cross-device link; --link"):
         dt.reroute_checkpoint(six, tmp_path / "out", 4, link="hard")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["six"]
     monkeypatch.setattr(place, "clone_file", lambda source, target: False)
