@@ -12,9 +12,11 @@ Nothing here prints or exits; errors are the classes of `dsv4tools.errors`.
 __version__ = "0.1.0"
 
 from dsv4tools.checkpoint import Checkpoint, open_checkpoint
+from dsv4tools.compare import Comparison, compare
 from dsv4tools.convert import Conversion, convert
 from dsv4tools.errors import Dsv4Error, InputError, ResourceError, UsageError, VerifyError
 from dsv4tools.formats.codecs import dequantize, quantize
+from dsv4tools.model import Model, Sampling, generate, open_model
 from dsv4tools.plan import Plan
 from dsv4tools.plan import make_plan as plan
 from dsv4tools.policy import Policy, list_policies, load_policy
@@ -22,7 +24,8 @@ from dsv4tools.reroute import Rerouted, reroute, reroute_checkpoint, reroute_ggu
 from dsv4tools.verify import Report, verify
 
 __all__ = [
-    "Checkpoint", "Conversion", "Dsv4Error", "InputError", "Plan", "Policy", "Report", "Rerouted", "ResourceError",
-    "UsageError", "VerifyError", "convert", "dequantize", "list_policies", "load_policy", "open_checkpoint", "plan",
-    "quantize", "reroute", "reroute_checkpoint", "reroute_gguf", "verify",
+    "Checkpoint", "Comparison", "Conversion", "Dsv4Error", "InputError", "Model", "Plan", "Policy", "Report",
+    "Rerouted", "ResourceError", "Sampling", "UsageError", "VerifyError", "compare", "convert", "dequantize",
+    "generate", "list_policies", "load_policy", "open_checkpoint", "open_model", "plan", "quantize", "reroute",
+    "reroute_checkpoint", "reroute_gguf", "verify",
 ]

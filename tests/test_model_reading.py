@@ -14,8 +14,16 @@ from dsv4tools.model import open_model
 from dsv4tools.synthetic import FLASH, write_sparse
 
 DECODE_AT_FULL_WIDTH = """
-import resource, sys
+import re, resource, sys
+from pathlib import Path
+
 from dsv4tools.model import open_model
+
+def peak_bytes():
+    status = Path("/proc/self/status")
+    if status.exists():   # getrusage would count what the parent had before it started us
+        return int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 with open_model(sys.argv[1], threads=2) as model:
     cache = model.new_cache()
@@ -27,8 +35,7 @@ with open_model(sys.argv[1], threads=2) as model:
     for layer in range(3):
         n_bytes = [read[f"blk.{layer}.ffn_{name}_exps.weight"] for name in ("gate", "up", "down")]
         print(layer, len(set(used["experts", layer][0].tolist())), *n_bytes)
-unit = 1 if sys.platform == "darwin" else 1024
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+print(peak_bytes())
 """
 
 

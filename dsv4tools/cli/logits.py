@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, threads_option
-from dsv4tools.cli.prompts import read_tokens, token_options
+from dsv4tools.cli.prompts import announce_kernels, read_tokens, token_options
 from dsv4tools.logits import write_logits
 from dsv4tools.model import open_model
 
@@ -37,6 +37,7 @@ def logits(source: Path, tokens: str | None, tokens_file: Path | None, text: str
       dsv4tools logits DeepSeek-V4-Flash --tokens-file prompt.txt --experts-per-token 4 --out four.npy
     """
     ids = read_tokens(source, tokens, tokens_file, text, no_bos=no_bos)
+    announce_kernels()
     dtype = np.float64 if float64 else np.float32
     started = time.monotonic()
     with (

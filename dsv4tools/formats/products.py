@@ -19,6 +19,11 @@ _KERNELS = {"Q8_0": "dot_q8_0", "Q4_K": "dot_q4_k"}
 MULTIPLIABLE = frozenset(_KERNELS)
 
 
+def needs_compile() -> bool:
+    """Whether the first product will take seconds, because its kernels are not compiled yet on this machine."""
+    return compiled.needs_compile(["dots"])
+
+
 def multiply_rows(
     data: NDArray[np.uint8], source_format: Format, x: NDArray[np.float32], out: NDArray[np.float32]
 ) -> None:
