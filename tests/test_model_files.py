@@ -252,6 +252,11 @@ class TestCheckpoint:
         path = make_checkpoint()
         huge = np.full(256, 3e38, np.float32)
         replace_tensor(path, "layers.0.attn_norm.weight", "F32", [256], huge.tobytes())
-        message = r"layers.0.attn.*beyond float32"
-        with np.errstate(over="ignore", invalid="ignore"), pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=r"layers.0.attn.*beyond float32"):
             run(path)
+
+    def test_streams_that_overflow_name_the_layer(self, source):
+        with open_model(source) as model:
+            model.layers[1].experts = lambda x, tokens, observe: np.full_like(x, 3e38)
+            with pytest.raises(InputError, match=r"layer 1: the residual streams grow beyond float32"):
+                model.forward(TOKENS)

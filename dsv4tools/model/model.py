@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from dsv4tools.errors import UsageError
+from dsv4tools.errors import InputError, UsageError
 from dsv4tools.model.attention import Attention, AttentionCache
 from dsv4tools.model.functions import rms
 from dsv4tools.model.hyper import HyperConnection, merge_streams
@@ -91,18 +91,27 @@ class Model:
         UsageError
             No tokens, an id outside the vocabulary, or the model was closed.
         InputError
-            A weight is not finite; names tensor, row and column.
+            A weight is not finite; names tensor, row and column. Or the numbers grow beyond the arithmetic's range.
         """
         if self._closed:
             raise UsageError("model", "was closed")
         ids = self.check_tokens(tokens)
         cache = self.new_cache() if cache is None else cache
+        with np.errstate(all="ignore"):   # what is not finite is found where it can be named
+            return self._forward(ids, cache, last_only=last_only, observe=observe)
+
+    def _forward(
+        self, ids: NDArray[np.int64], cache: Cache, *, last_only: bool, observe: Observer | None
+    ) -> Floats:
         embedded = self.weights.rows("token_embd.weight", ids)                           # [S, D]
         X = np.repeat(embedded[:, None, :], self.config.hc_mult, axis=1)                 # [S, n, D], n equal streams
         if observe is not None:
             observe("streams", -1, X)
         for number, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             X = layer(X, ids, cache.n_tokens, layer_cache, observe)
+            if not np.isfinite(X).all():
+                raise InputError(f"layer {number}", f"the residual streams grow beyond {X.dtype}",
+                                 hint="are the weights damaged?")
             if observe is not None:
                 observe("streams", number, X)
         cache.n_tokens += len(ids)
