@@ -477,6 +477,21 @@ def test_closed_standard_streams(source, tmp_path):
         assert ended.returncode == 2
 
 
+def test_closed_streams_keep_their_numbers(tmp_path):
+    code = """
+import contextlib, os, sys
+from dsv4tools.cli import main
+with contextlib.suppress(SystemExit):
+    main()
+fd = os.open(sys.argv[2], os.O_CREAT | os.O_WRONLY)
+os.write(fd, b"%d" % fd)
+"""
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        shell = f"\"$0\" -c '{code}' --version '{tmp_path / 'fd'}' {closed}"
+        subprocess.run(["sh", "-c", shell, sys.executable], check=True)
+        assert int((tmp_path / "fd").read_text()) > 2
+
+
 def test_a_pipe_gets_neither_colours_nor_progress(source, tmp_path):
     ended = run("convert", source, tmp_path / "o.gguf", environment={"FORCE_COLOR": "1", "TERM": "xterm-256color"})
     assert (ended.returncode, messages(ended.stderr)) == (0, [])

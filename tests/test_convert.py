@@ -304,6 +304,19 @@ def test_a_value_that_is_no_number_is_refused(kind, make_checkpoint, tmp_path, d
     assert not out.exists()
 
 
+def test_the_row_is_counted_from_the_tensors_first(make_checkpoint, tmp_path, monkeypatch, dsv4tools):
+    """And not from that of the unit, of which there are many here."""
+    monkeypatch.setattr(sys.modules["dsv4tools.plan"], "MAX_UNIT_VALUES", 2048)
+    source = make_checkpoint(fp8_block=(8, 64))
+    write_tensor(source, "layers.2.attn.wkv.weight", b"\xff", at=100 * 256 + 9)
+    message = dsv4tools("convert", source, tmp_path / "out.gguf").failed(3)
+    assert "'layers.2.attn.wkv.weight': the value at row 100 column 9 is a NaN FP8 code;" in message
+    source = make_checkpoint("scale", fp8_block=(8, 64))
+    write_tensor(source, "layers.2.attn.wkv.scale", b"\xff", at=(96 // 8) * 4 + 3)
+    message = dsv4tools("convert", source, tmp_path / "other.gguf").failed(3)
+    assert "'layers.2.attn.wkv.scale': the value at row 96 column 192 is under a NaN scale byte" in message
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_value_that_is_no_number_becomes_zero(kind, make_checkpoint, tmp_path, dsv4tools):
     source = make_checkpoint()
