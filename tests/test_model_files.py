@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from tamper import drop_tensor, edit_config, find_tensor, replace_tensor, write_
 
 import dsv4tools as dt
 from dsv4tools.checkpoint import open_checkpoint
+from dsv4tools.checkpoint.config import read_config
 from dsv4tools.errors import InputError, UsageError
 from dsv4tools.formats.table import FORMATS
 from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
@@ -76,6 +78,25 @@ class TestGguf:
         # What a GGUF does not say: draft blocks and how the source was quantized.
         assert replace(found, rms_norm_eps=1e-6, hc_eps=1e-6) == replace(
             expected, weight_block_size=None, num_nextn_predict_layers=0, rms_norm_eps=1e-6, hc_eps=1e-6)
+
+    @pytest.mark.parametrize(("name", "n_vocab"), [("tiny-6e.mainline_kv.json", 512), ("flash_one_file.json", 129_280)])
+    def test_metadata_of_other_writers(self, data, tiny_6e, tmp_path, name, n_vocab):
+        entries = json.loads((data / name).read_text("utf-8"))
+        entries = entries.get("metadata", entries)
+        types = {"UINT32": "u32", "INT32": "i32", "FLOAT32": "f32", "BOOL": "bool", "STRING": "str", "ARRAY": "arr"}
+        kvs = []
+        for key, entry in entries.items():
+            if key == "general.architecture" or key.startswith("deepseek4."):
+                kind, *item = (types[t] for t in entry["type"])
+                kvs.append(KV(key, kind, entry["value"], *item))
+        embedding = TensorInfo("token_embd.weight", (8, n_vocab), FORMATS["F32"], 0)
+        path = tmp_path / "other.gguf"
+        path.write_bytes(encode_header(kvs, [embedding]))
+        with open_gguf(path, template=True) as file:
+            found = read_gguf_config(file)
+        directory = tiny_6e / "config.json" if n_vocab == 512 else data / "configs" / "flash.json"
+        assert replace(found, rms_norm_eps=1e-6, hc_eps=1e-6) == replace(
+            read_config(directory), weight_block_size=None, num_nextn_predict_layers=0)
 
     def test_vocab_size_may_be_missing(self, right, tmp_path):
         """llama.cpp's converter does not write it."""
