@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf, nan, sqrt
 from typing import TYPE_CHECKING, Self
 
@@ -47,6 +47,11 @@ class ErrorSums:
         for f in fields(self):
             if not f.name.startswith("largest"):
                 setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+    def times(self, n: float) -> Self:
+        """The sums of `n` times as many values like these."""
+        scaled = {f.name: getattr(self, f.name) * n for f in fields(self) if f.type == "float"}
+        return replace(self, **scaled | {"largest_error": self.largest_error, "n": round(self.n * n)})
 
     @property
     def relative_rmse(self) -> float:

@@ -8,16 +8,20 @@ metadata stand in the first part. Merging leaves ``split.count`` 0 behind, which
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4tools.errors import InputError, UsageError
-from dsv4tools.gguf.reader import GgufFile, open_gguf
+from dsv4tools.gguf.reader import Finding, GgufFile, open_gguf, scan_gguf
 from dsv4tools.gguf.values import KV
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 _NO, _COUNT, _N_TENSORS = "split.no", "split.count", "split.tensors.count"
 SPLIT_KEYS = {_NO: "u16", _COUNT: "u16", _N_TENSORS: "i32"}
@@ -72,6 +76,69 @@ def open_split(path: str | os.PathLike[str]) -> list[GgufFile]:
             part.close()
         raise
     return parts
+
+
+class SplitFile(GgufFile):
+    """All parts of a set as one file: the metadata of the first part and the tensors of all.
+
+    Offsets of tensors count within their own part.
+    """
+
+    parts: Sequence[GgufFile] = ()
+
+    def close(self) -> None:
+        """Give all handles back."""
+        for part in self.parts:
+            part.close()
+
+    def read_tensor_into(self, name: str, out: NDArray[np.uint8], start: int = 0) -> None:
+        """As `GgufFile.read_tensor_into`."""
+        self._find(name)
+        next(part for part in self.parts if name in part.tensors).read_tensor_into(name, out, start)
+
+
+def join_parts(path: Path, parts: Sequence[GgufFile]) -> GgufFile:
+    """The parts that `open_split` returned, as one file called `path`; a single part as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    joined = SplitFile(
+        path, first.version, first.alignment, first.kvs,
+        {name: tensor for part in parts for name, tensor in part.tensors.items()},
+        n_file_bytes=sum(part.n_file_bytes for part in parts),
+        findings=[replace(f, where=f"{part.path.name}: {f.where}") for part in parts for f in part.findings],
+    )
+    joined.parts = tuple(parts)
+    return joined
+
+
+def open_whole(path: str | os.PathLike[str], *, template: bool = False) -> GgufFile:
+    """`open_gguf`; where the file is a part of a set the whole set as one file, with the errors of `open_split`."""
+    file = open_gguf(path, template=template)
+    if not _is_part(file):
+        return file
+    file.close()
+    return join_parts(file.path, open_split(path))
+
+
+def scan_whole(path: str | os.PathLike[str]) -> GgufFile:
+    """`scan_gguf`; where the file is a part of a set the whole set as one file, whose faults are findings too."""
+    file = scan_gguf(path)
+    if not file.ok or not _is_part(file):
+        return file
+    try:
+        parts = open_split(path)
+    except InputError as e:
+        file.findings.append(Finding("error", "split", e.where, e.what, None))
+        return file
+    file.close()
+    return join_parts(file.path, parts)
+
+
+def _is_part(file: GgufFile) -> bool:
+    """Whether loaders look for other parts: by the metadata, whatever the file is called."""
+    count = file.value(_COUNT, 0)
+    return type(count) is not int or count > 1
 
 
 def _open_single(path: Path) -> GgufFile:

@@ -83,11 +83,16 @@ def apply_template_file(derived: Template, path: Path) -> Template:
         The file is no GGUF, its tensors or shapes are not the checkpoint's, or a value contradicts it.
     """
     with open_gguf(path, template=True) as file:
-        tensors = _order_tensors(derived, file)
-        kvs, notes = _merge_entries(derived, file)
-        formats = {name: t.format for name, t in file.tensors.items()}
-        return replace(derived, kvs=tuple(kvs), tensors=tensors, alignment=file.alignment, file_formats=formats,
-                       notes=tuple(notes))
+        return apply_template(derived, file)
+
+
+def apply_template(derived: Template, file: GgufFile) -> Template:
+    """`apply_template_file` for a file that is open already."""
+    tensors = _order_tensors(derived, file)
+    kvs, notes = _merge_entries(derived, file)
+    formats = {name: t.format for name, t in file.tensors.items()}
+    return replace(derived, kvs=tuple(kvs), tensors=tensors, alignment=file.alignment, file_formats=formats,
+                   notes=tuple(notes))
 
 
 def _order_tensors(derived: Template, file: GgufFile) -> tuple[TemplateTensor, ...]:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dsv4tools.derive import UnitDeriver
 from dsv4tools.errors import InputError, UsageError
-from dsv4tools.formats.codecs import ENCODABLE, prepare, self_test
+from dsv4tools.formats.codecs import DECODABLE, ENCODABLE
 from dsv4tools.gguf.reader import Finding
 from dsv4tools.gguf.values import encode_value
-from dsv4tools.plan import NAN_KEY, PlannedTensor, tensor_units
+from dsv4tools.plan import PlannedTensor
 from dsv4tools.reroute import reroute
-from dsv4tools.template import apply_template_file, derive_template
-from dsv4tools.verify.report import TensorCheck
-from dsv4tools.workers import run_units
+from dsv4tools.template import apply_template, derive_template
+from dsv4tools.verify.bench import Bench
+from dsv4tools.verify.diagnose import Candidate, diagnose
+from dsv4tools.verify.judge import judge_tensors
+from dsv4tools.verify.report import Fault
+from dsv4tools.verify.tally import compare_units
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from dsv4tools.checkpoint import Checkpoint
     from dsv4tools.gguf.reader import GgufFile
     from dsv4tools.plan import Unit
     from dsv4tools.template import Template
+    from dsv4tools.verify.report import TensorCheck
+
+MAX_DIAGNOSED = 32   # wrong tensors that are examined; where there are more the file is of another model
 
 
 def select_tensors(file: GgufFile, globs: Sequence[str]) -> list[str]:
@@ -53,7 +55,7 @@ def plan_comparison(
     """
     derived = derive_template(checkpoint)
     try:
-        template = apply_template_file(derived, file.path)
+        template = apply_template(derived, file)
     except InputError as e:
         return [], [Finding("error", "source-mismatch", e.where, f"does not fit the source: {e.what}", None)]
     findings = list(_compare_entries(file, derived))
@@ -66,7 +68,7 @@ def plan_comparison(
         if expected not in {None, info.format.name}:
             what = f"has type {info.format.name}, expected {expected}"
             findings.append(Finding("error", "source-type", tensor.name, what, None))
-        elif info.format.name not in ENCODABLE | {"I32"}:
+        elif info.format.name not in ENCODABLE | DECODABLE | {"I32"}:
             what = f"has type {info.format.name}, which cannot be derived again for comparison"
             findings.append(Finding("error", "source-type", tensor.name, what, None))
         else:
@@ -92,59 +94,41 @@ def _compare_entries(file: GgufFile, derived: Template) -> Iterator[Finding]:
 
 
 def compare_tensors(
-    file: GgufFile, checkpoint: Checkpoint, planned: Sequence[PlannedTensor], threads: int,
+    file: GgufFile, checkpoint: Checkpoint, planned: Sequence[PlannedTensor], units: Iterable[Unit], *, threads: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[TensorCheck]:
-    """Derive each planned tensor from `checkpoint` and compare byte by byte with what `file` holds.
+    """Derive `units` of the planned tensors from `checkpoint`, compare with `file`, judge, and name what is wrong.
 
     Raises InputError, ResourceError and VerifyError as reading and encoding the source do.
     """
-    prepare({t.format.name for t in planned} - {"I32"})
-    self_test()
-    zero_nan = file.value(NAN_KEY) == "zero"
-
-    def make_worker(computing: threading.Semaphore) -> Callable[[Unit], tuple[int, int, str]]:
-        deriver = UnitDeriver(checkpoint.config.n_routed_experts, zero_nan=zero_nan)
-        held = np.zeros(0, np.uint8)
-
-        def work(unit: Unit) -> tuple[int, int, str]:
-            nonlocal held
-            rows = deriver.read(unit)
-            if len(held) < unit.n_bytes:
-                held = np.zeros(unit.n_bytes, np.uint8)
-            found = held[: unit.n_bytes]
-            file.read_tensor_into(unit.planned.name, found, unit.start)
-            with computing:
-                expected, _ = deriver.encode(unit, rows)
-                return _first_difference(unit, found, expected)
-
-        return work
-
-    units = (unit for t in planned for unit in tensor_units(t))
-    counts = dict.fromkeys((t.name for t in planned), 0)
-    firsts: dict[str, tuple[int, str]] = {}
-    with closing(run_units(units, make_worker, threads)) as results:
-        for unit, (n_different, at, text) in results:
-            name = unit.planned.name
-            counts[name] += n_different
-            if n_different and (name not in firsts or at < firsts[name][0]):
-                firsts[name] = (at, text)
-            if progress is not None:
-                progress(unit.n_bytes)
-    return [TensorCheck(t.name, t.format.name, t.n_bytes, counts[t.name], firsts.get(t.name, (0, ""))[1])
-            for t in planned]
+    tallies = compare_units(file, checkpoint, planned, units, threads=threads, progress=progress)
+    judged = judge_tensors(tallies)
+    bench = Bench(file, checkpoint)
+    checks, n_diagnosed = [], 0
+    for tally, each in zip(tallies, judged, strict=True):
+        check = each.check
+        if each.wrong and n_diagnosed < MAX_DIAGNOSED:
+            others = _others_like(tally.planned, planned)
+            check = replace(check, faults=diagnose(tally.planned, tally, each.wrong, bench, others))
+            n_diagnosed += 1
+        elif each.wrong:
+            check = replace(check, faults=(Fault("", f"not examined: {MAX_DIAGNOSED} wrong tensors were"),))
+        checks.append(check)
+    return checks
 
 
-def _first_difference(
-    unit: Unit, found: np.ndarray[tuple[int], np.dtype[np.uint8]], expected: np.ndarray[tuple[int], np.dtype[np.uint8]]
-) -> tuple[int, int, str]:
-    different = np.flatnonzero(found != expected)
-    if not len(different):
-        return 0, 0, ""
-    first = int(different[0])
-    block, byte = divmod(first, unit.planned.format.block_bytes)
-    row, column = divmod(block * unit.planned.format.block_values, unit.matrix.n_cols)
-    at = unit.start + first
-    text = (f"byte {at:,} is 0x{found[first]:02x}, the source gives 0x{expected[first]:02x} "
-            f"(byte {byte} of the block at row {unit.first_row + row} column {column} of {unit.matrix.weight.name})")
-    return len(different), at, text
+def _others_like(planned: PlannedTensor, all_planned: Sequence[PlannedTensor]) -> list[Candidate]:
+    """Source matrices of the same shape in other tensors: all of its own layer, and those of its kind in the others."""
+    like = planned.tensor.sources[0]
+    kind = planned.name.split(".")[2:]
+    found = []
+    for other in all_planned:
+        sources = other.tensor.sources
+        same_layer = other.tensor.layer == planned.tensor.layer
+        same_kind = other.name.split(".")[2:] == kind
+        if other is planned or not (same_layer or same_kind or len(sources) == 1):
+            continue
+        if sources[0].kind is None or (sources[0].n_rows, sources[0].n_cols) != (like.n_rows, like.n_cols):
+            continue
+        found += [Candidate(other.name, i if len(sources) > 1 else None, m) for i, m in enumerate(sources)]
+    return found
