@@ -556,8 +556,9 @@ def remove(shard):
 
 
 def pipe(shard):
-    shard.unlink()
-    os.mkfifo(shard)
+    fifo = shard.with_name("pipe")
+    os.mkfifo(fifo)
+    fifo.replace(shard)   # in one step: a reader must not find the name missing
 
 
 @pytest.mark.parametrize(("change", "errors", "said"), [

@@ -31,7 +31,11 @@ begin = time.process_time()
 import dsv4tools as dt
 plan = dt.plan(dt.open_checkpoint(sys.argv[1]))
 n_units = sum(1 for _ in plan.units())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+try:   # ru_maxrss survives exec: it may be the memory of the process that started this one
+    with open("/proc/self/status") as f:
+        peak = 1024 * int(f.read().split("VmHWM:")[1].split()[0])
+except OSError:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 print(json.dumps({"tensors": len(plan.tensors), "bytes": plan.data_bytes, "units": n_units, "peak": peak,
                   "seconds": time.process_time() - begin, "buffers": plan.memory_bytes(8),
                   "numba": "numba" in sys.modules}))
