@@ -58,8 +58,10 @@ def check_not_input(path: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_place(path: Path, *, overwrite: bool) -> None:
-    """UsageError if `path` exists without `overwrite`; ResourceError if it cannot be created."""
+    """UsageError if `path` exists without `overwrite`, or is no file; ResourceError if it cannot be created."""
     with explained(path):
+        if path.exists() and not path.is_file():   # a rename would put a file in the place of /dev/null
+            raise UsageError(path, "is no regular file", hint="give the name of a file")
         if path.exists() and not overwrite:
             raise UsageError(path, "exists", hint="--overwrite replaces it")
         if not path.parent.is_dir():

@@ -466,7 +466,7 @@ def test_a_stdout_that_takes_nothing(source):
 def test_closed_standard_streams(source, tmp_path):
     """No output file may get the number of a standard stream that somebody writes to."""
     dt.convert(dt.plan(dt.open_checkpoint(source)), tmp_path / "expected.gguf")
-    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+    for closed in ("2>&-", "<&- >&- 2>&-"):
         out = tmp_path / "out.gguf"
         shell = f"'{COMMAND[0]}' -m dsv4tools convert '{source}' '{out}' {closed}"
         ended = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=ROOM_SECONDS, check=False)

@@ -360,7 +360,7 @@ def test_a_value_beyond_f16_is_refused_either_way(nan, make_checkpoint, tmp_path
     message = dsv4tools("convert", source, tmp_path / "out.gguf", "--nan", nan).failed(3)
     assert "tensor 'embed.weight': the value at row 7 column 3 is beyond the range of F16" in message
     assert not (tmp_path / "out.gguf").exists()
-    assert dsv4tools("convert", source, tmp_path / "out.gguf", "--embedding", "bf16").code == 0
+    assert dsv4tools("convert", source, tmp_path / "other.gguf", "--embedding", "bf16").code == 0
 
 
 @pytest.mark.parametrize("expert", [-1, 4, 2**40])
