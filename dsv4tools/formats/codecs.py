@@ -39,7 +39,11 @@ _CODECS: dict[str, _Codec] = {
     "F16": _Codec("floats", "encode_f16", "decode_f16"),
     "BF16": _Codec("floats", "encode_bf16", "decode_bf16"),
     "Q8_0": _Codec("q8_0"),
+    "Q2_K": _Codec("q2_k", uses_importance=True),
+    "Q3_K": _Codec("q3_k", uses_importance=True),
     "Q4_K": _Codec("q4_k", uses_importance=True),
+    "Q5_K": _Codec("q5_k", uses_importance=True),
+    "Q6_K": _Codec("q6_k", uses_importance=True),
     "MXFP4": _Codec("mxfp4"),
 }
 

@@ -23,7 +23,7 @@ from dsv4tools.formats.lanes import (
     to_byte,
     where,
 )
-from dsv4tools.formats.tiles import DECODE, ENCODE, FP4, NAN_SCALE, N_SOURCE, SCALED_OVERFLOW, fill_tile, note_fault
+from dsv4tools.formats.tiles import DECODE, ENCODE, FP4, N_SOURCE, NAN_SCALE, SCALED_OVERFLOW, fill_tile, note_fault
 
 if TYPE_CHECKING:
     from dsv4tools.formats.lanes import Lanes
@@ -85,7 +85,7 @@ def _repack(shape: Shape, data: Bytes, scales: Bytes, out: Bytes, faults: FaultS
 
 
 @helper
-def _floor_log2(bits: np.uint32) -> int:
+def _floor_log2(bits: np.uint32) -> np.int64:
     """``floorf(log2f(x))`` of the positive float32 with these bits, where log2f is correctly rounded.
 
     Just below a power of two the logarithm can round up to its exponent k. With x = 2^k (1 - j / 2^24) it lies

@@ -16,8 +16,10 @@ from dsv4tools.formats.lanes import (
     WIDTH,
     absolute,
     any_of,
+    bits_of,
     clipped,
     fill,
+    float_of,
     load,
     nint,
     smaller,
@@ -53,21 +55,24 @@ def _sum_levels(
 
 
 @helper
-def _sum_errors(x: Floats, at: int, w: Floats, levels: Floats, n: int, scale: Lanes, lo: Lanes) -> Lanes:
-    """The sum of ``w (scale * l + lo - x)^2``."""
+def _sum_errors(
+    x: Floats, at: int, w: Floats, levels: Floats, n: int, scale: Lanes, lo: Lanes, squared: bool
+) -> Lanes:
+    """The sum of ``w e^2``, or else of ``w |e|``, with ``e = scale * l + lo - x``."""
     total = fill(0.0)
     for i in range(n):
         error = scale * load(levels, i * WIDTH) + lo - load(x, at + i * WIDTH)
-        total = total + load(w, i * WIDTH) * (error * error)
+        error = error * error if squared else absolute(error)
+        total = total + load(w, i * WIDTH) * error
     return total
 
 
 @routine
 def search_scale_and_min(
     x: Floats, at: int, w: Floats, levels: Floats, n: int, highest: int,
-    rmin: np.float32, rdelta: np.float32, n_steps: int,
+    rmin: np.float32, rdelta: np.float32, n_steps: int, squared: bool,
 ) -> tuple[Lanes, Lanes, Lanes, Lanes]:  # fmt: skip
-    """Fit ``x = scale * l + minimum`` with l in 0..highest and minimum <= 0, weighing squared errors with `w`.
+    """Fit ``x = scale * l + minimum`` with l in 0..highest and minimum <= 0, weighing errors (or squared) with `w`.
 
     Returns ``(scale, -minimum, inverse, low)``: the levels of the best fit are ``clip(nint(inverse * (x - low)))``.
     """
@@ -89,7 +94,7 @@ def search_scale_and_min(
     inverse = where(flat, 0.0, highest / (hi - lo))
     scale = where(flat, 0.0, 1.0 / inverse)
     _sum_levels(x, at, w, levels, n, lo, inverse, highest, True)
-    best = _sum_errors(x, at, w, levels, n, scale, lo)
+    best = _sum_errors(x, at, w, levels, n, scale, lo, squared)
     kept_inverse = inverse
     kept_lo = lo
     for step in range(n_steps + 1):
@@ -108,14 +113,14 @@ def search_scale_and_min(
         if any_of(above):
             s = where(above, sxl / sl2, s)
             m = where(above, 0.0, m)
-        total = _sum_errors(x, at, w, levels, n, s, m)
+        total = _sum_errors(x, at, w, levels, n, s, m, squared)
         better = (det > 0.0) & (total < best)
         best = where(better, total, best)
         scale = where(better, s, scale)
         kept_inverse = where(better, inverse, kept_inverse)
         kept_lo = where(better, lo, kept_lo)
         lo = where(better, m, lo)
-    return scale, 0.0 - lo, kept_inverse, kept_lo
+    return scale, float_of(bits_of(lo) ^ -0x80000000), kept_inverse, kept_lo
 
 
 @routine

@@ -37,15 +37,29 @@ ENCODED = {
     "BF16": "4e593d0abbe78f09",
     "Q8_0": "b5a9b2a52778d00c",
     "Q4_K": "0d644b1432662833",
+    "Q6_K": "e45e919bff2c87b7",
+    "Q3_K": "b0a3e0c702901d01",
+    "Q5_K": "2f9b9888535ac0a1",
+    "Q2_K": "2cd5cb3a53c0d2cd",
     "MXFP4": "09d7a3df3922b0fb",
 }
-IMPORTANT = {"Q4_K": "dfe2e225917eafcf"}     # the same values, column i weighing ramp(i)^2
+IMPORTANT = {   # the same values, column i weighing ramp(i)^2
+    "Q4_K": "dfe2e225917eafcf",
+    "Q6_K": "e45e919bff2c87b7",
+    "Q3_K": "8c4a66037c45b02e",
+    "Q5_K": "73e383b49c72cf5d",
+    "Q2_K": "7ffdb40ccacc8a4f",
+}
 DECODED = {   # 32 blocks of bytes
     "F32": "a8f787a3511b311e",
     "F16": "c6b7e2392ebea7c1",
     "BF16": "fa70a0b67884e2e5",
     "Q8_0": "ac1b16d7ecc1c791",
     "Q4_K": "1b2458670fe5a256",
+    "Q6_K": "cf898ee4e1ab1347",
+    "Q3_K": "1e62a9ec1327de2c",
+    "Q5_K": "5018aaeaf5376a2b",
+    "Q2_K": "07eb41f19ace9683",
     "MXFP4": "0a1dce93c9160ae9",
 }
 SOURCES = {   # every code under the scales 2^-127, 1 and 2^100
