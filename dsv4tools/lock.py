@@ -144,7 +144,7 @@ class OutputLock:
         try:
             owner = json.loads(raw)
         except (ValueError, RecursionError):
-            owner = {} if raw.startswith(b'{"') else None   # torn, or somebody else's file
+            owner = {} if raw.startswith((b'{"', b"\0")) else None   # torn, or somebody else's file
         if not isinstance(owner, dict):
             raise ResourceError(self.path, "is no lock of dsv4tools", hint="rename it")
         return owner

@@ -244,9 +244,13 @@ class OutputFile:
     def _check_alone(self) -> None:
         """ResourceError if another run has taken over, or somebody took the file away."""
         self._lock.check()
-        with explained(self.partial, hint="leave it alone until the work is done"):
-            if not os.path.samestat(os.fstat(self._fd), self.partial.lstat()):
-                raise ResourceError(self.partial, "was replaced while it was being written")
+        try:
+            same = os.path.samestat(os.fstat(self._fd), self.partial.lstat())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise ResourceError(self.partial, "was replaced or removed while it was being written",
+                                hint="leave it alone until the work is done")
 
     def complete(self, header: bytes, check: Callable[[Path], None]) -> None:
         """Write the header last, sync, let `check` look at the file, and give it its name."""
