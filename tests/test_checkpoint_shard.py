@@ -149,6 +149,7 @@ BAD_FILES = {
     "span of another dtype": (build({"a": entry("BF16")}, bytes(4)), "shape [4] x BF16 needs 8"),
     "span for a scalar": (build({"a": entry("F32", (), (0, 0))}), "shape [] x F32 needs 4"),
     "half a byte": (build({"a": entry("F4", [3], [0, 2])}, bytes(2)), "shape [3] x F4 needs 12 bits"),
+    "half a byte cut off": (build({"a": entry("F4", [3], [0, 1])}, bytes(1)), "shape [3] x F4 needs 12 bits"),
     "overlap": (build({"a": entry(), "b": entry(span=[3, 7])}, bytes(7)), "'b': overlaps tensor 'a'"),
     "same place": (build({"a": entry(), "b": entry()}, bytes(4)), "'b': overlaps tensor 'a'"),
     "hole at the start": (build({"a": entry(span=[1, 5])}, bytes(5)), "'a': leaves a hole after the header"),

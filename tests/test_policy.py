@@ -286,7 +286,7 @@ def test_syntax_errors_name_the_line(policy_file, text, line):
 @pytest.mark.parametrize(("text", "message"), [
     ("", "has no [[rule]] tables"), ("description = 'x'\n", "has no [[rule]] tables"),
     ("rule = []\n", "has no [[rule]]"), ("rule = [1]\n", "has no [[rule]] tables"),
-    ("rule = 'x'\n", "has no [[rule]] tables"),
+    ("rule = 'x'\n", "has no [[rule]] tables"), ("rule = 7\n", "has no [[rule]] tables"),
     ("[rule]\ntensors = '*'\n", "has no [[rule]] tables"), ("rules = 1\n" + REST, "unknown key 'rules'"),
     (REST + "typ = 'F16'\n", "rule 1 ('*'): unknown key 'typ'"),
     ("file_type = nan\n" + REST, "key 'file_type': is nan"), ("file_type = 1.0\n" + REST, "is 1.0"),
