@@ -393,6 +393,12 @@ def nint(v: Lanes) -> Lanes:
 
 
 @helper
+def negated(v: Lanes) -> Lanes:
+    """The other sign, of zeros too."""
+    return float_of(bits_of(v) ^ -0x80000000)
+
+
+@helper
 def to_f16(v: Lanes) -> Lanes:
     """The bits of the nearest F16, as int32 lanes; see `bits.float_to_f16`."""
     bits = bits_of(v)

@@ -10,6 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4tools.formats.bits import f16_to_float, load_u16
+from dsv4tools.formats.blocks import (
+    fill_lanes,
+    is_infinite,
+    note_infinite,
+    pack_two_bits,
+    put_words,
+    requantize,
+    sum_of_squares,
+    weigh_by_importance,
+    word_of,
+    write_blocks,
+)
 from dsv4tools.formats.compile import helper, kernel, routine
 from dsv4tools.formats.lanes import (
     WIDTH,
@@ -26,31 +38,19 @@ from dsv4tools.formats.lanes import (
     where,
 )
 from dsv4tools.formats.search import fit_positive, search_scale_and_min
-from dsv4tools.formats.superblocks import (
-    TILE,
-    VALUES,
-    fill_lanes,
-    is_infinite,
-    note_infinite,
-    pack_two_bits,
-    put_words,
-    requantize,
-    sum_of_squares,
-    weigh_by_importance,
-    word_of,
-    write_blocks,
-)
 from dsv4tools.formats.tiles import DECODE, ENCODE
 
 if TYPE_CHECKING:
     from dsv4tools.formats.lanes import Lanes
     from dsv4tools.formats.tiles import Bytes, FaultSlots, Floats, Ints, Shape
 
+VALUES = 256
 BYTES = 84
 _LEVELS, _D = 16, 80           # where the levels begin, and d
 _SUB = 16                      # values of a sub-block; there are sixteen in a block
 _STEP = _SUB * WIDTH           # a sub-block of every lane
 _PER_SUB = 16 * WIDTH          # one number per sub-block
+_TILE = WIDTH * VALUES         # one block per lane
 F = np.float32
 
 
@@ -117,14 +117,14 @@ def encode(
 ) -> None:
     """Rows of any source to Q2_K, with an importance vector or without."""
     weighted = importance.size > 0
-    tile, x, q = aligned(TILE), aligned(TILE), aligned(TILE)
+    tile, x, q = aligned(_TILE), aligned(_TILE), aligned(_TILE)
     blocks = aligned((BYTES + 16) // 4 * WIDTH).view(np.uint8)
-    for first in range(0, shape[0] * shape[1], TILE):
-        n_blocks = fill_lanes(kind, shape, data, scales, importance, first, tile, x, q, faults)
+    for first in range(0, shape[0] * shape[1], _TILE):
+        n_blocks = fill_lanes(kind, shape, data, scales, importance, first, VALUES, tile, x, q, faults)
         finite = _encode_lanes(x, q, weighted, blocks)
-        write_blocks(blocks, BYTES, n_blocks, first, out)
+        write_blocks(blocks, BYTES * n_blocks, out, BYTES * (first // VALUES))
         if not finite:
-            note_infinite(blocks, BYTES, n_blocks, first, _D, 2, faults)
+            note_infinite(blocks, BYTES, n_blocks, _D, 2, first, VALUES, faults)
 
 
 @kernel(DECODE)

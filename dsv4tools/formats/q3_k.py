@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4tools.formats.bits import f16_to_float, load_u16
+from dsv4tools.formats.blocks import (
+    fill_lanes,
+    is_infinite,
+    note_infinite,
+    pack_two_bits,
+    put_words,
+    sum_of_squares,
+    weigh_by_importance,
+    word_of,
+    write_blocks,
+)
 from dsv4tools.formats.compile import helper, kernel
 from dsv4tools.formats.lanes import (
     WIDTH,
@@ -28,30 +39,19 @@ from dsv4tools.formats.lanes import (
     where,
 )
 from dsv4tools.formats.signed import refine_scale, requantize_signed, search_scale
-from dsv4tools.formats.superblocks import (
-    TILE,
-    VALUES,
-    fill_lanes,
-    is_infinite,
-    note_infinite,
-    pack_two_bits,
-    put_words,
-    sum_of_squares,
-    weigh_by_importance,
-    word_of,
-    write_blocks,
-)
 from dsv4tools.formats.tiles import DECODE, ENCODE
 
 if TYPE_CHECKING:
     from dsv4tools.formats.lanes import Lanes
     from dsv4tools.formats.tiles import Bytes, FaultSlots, Floats, Ints, Shape
 
+VALUES = 256
 BYTES = 110
 _HIGH, _LOW, _SCALES, _D = 0, 32, 96, 108     # where each begins
 _SUB = 16                      # values of a sub-block; there are sixteen in a block
 _STEP = _SUB * WIDTH           # a sub-block of every lane
 _PER_SUB = 16 * WIDTH          # one number per sub-block
+_TILE = WIDTH * VALUES         # one block per lane
 F = np.float32
 
 
@@ -110,7 +110,7 @@ def _pack_scales(stored: Ints, words: Ints) -> None:
 @helper
 def _encode_lanes(x: Floats, q: Floats, weighted: bool, blocks: Bytes) -> bool:
     """Encode one block per lane to `WIDTH` blocks; whether every d is finite as F16."""
-    levels = aligned(TILE).view(np.int32)
+    levels = aligned(_TILE).view(np.int32)
     stored = aligned(_PER_SUB).view(np.int32)
     words = aligned(28 * WIDTH).view(np.int32)
     d = _fit_weighted(x, q, stored, levels) if weighted else _fit_plain(x, stored, levels)
@@ -130,14 +130,14 @@ def encode(
 ) -> None:
     """Rows of any source to Q3_K, with an importance vector or without."""
     weighted = importance.size > 0
-    tile, x, q = aligned(TILE), aligned(TILE), aligned(TILE)
+    tile, x, q = aligned(_TILE), aligned(_TILE), aligned(_TILE)
     blocks = aligned(BYTES * WIDTH // 4 + 4).view(np.uint8)
-    for first in range(0, shape[0] * shape[1], TILE):
-        n_blocks = fill_lanes(kind, shape, data, scales, importance, first, tile, x, q, faults)
+    for first in range(0, shape[0] * shape[1], _TILE):
+        n_blocks = fill_lanes(kind, shape, data, scales, importance, first, VALUES, tile, x, q, faults)
         finite = _encode_lanes(x, q, weighted, blocks)
-        write_blocks(blocks, BYTES, n_blocks, first, out)
+        write_blocks(blocks, BYTES * n_blocks, out, BYTES * (first // VALUES))
         if not finite:
-            note_infinite(blocks, BYTES, n_blocks, first, _D, 1, faults)
+            note_infinite(blocks, BYTES, n_blocks, _D, 1, first, VALUES, faults)
 
 
 @kernel(DECODE)

@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4tools.formats.bits import f16_to_float, load_u16
-from dsv4tools.formats.compile import helper, kernel
-from dsv4tools.formats.lanes import WIDTH, aligned, any_of, from_f16, load, store, to_float
-from dsv4tools.formats.six_bits import PER_SUB, STEP, SUB, fit_sub_blocks, read_scale_and_min
-from dsv4tools.formats.superblocks import (
-    TILE,
-    VALUES,
+from dsv4tools.formats.blocks import (
     fill_lanes,
     is_infinite,
     note_infinite,
@@ -24,13 +19,18 @@ from dsv4tools.formats.superblocks import (
     word_of,
     write_blocks,
 )
+from dsv4tools.formats.compile import helper, kernel
+from dsv4tools.formats.lanes import WIDTH, aligned, any_of, from_f16, load, store, to_float
+from dsv4tools.formats.six_bits import PER_SUB, STEP, SUB, fit_sub_blocks, read_scale_and_min
 from dsv4tools.formats.tiles import DECODE, ENCODE
 
 if TYPE_CHECKING:
     from dsv4tools.formats.tiles import Bytes, FaultSlots, Floats, Ints, Shape
 
+VALUES = 256
 BYTES = 176
 _HIGH, _LOW = 16, 48           # where the high bits begin, and the nibbles
+_TILE = WIDTH * VALUES         # one block per lane
 F = np.float32
 
 
@@ -70,14 +70,14 @@ def encode(
 ) -> None:
     """Rows of any source to Q5_K, with an importance vector or without."""
     weighted = importance.size > 0
-    tile, x, q = aligned(TILE), aligned(TILE), aligned(TILE)
+    tile, x, q = aligned(_TILE), aligned(_TILE), aligned(_TILE)
     blocks = aligned(BYTES // 4 * WIDTH).view(np.uint8)
-    for first in range(0, shape[0] * shape[1], TILE):
-        n_blocks = fill_lanes(kind, shape, data, scales, importance, first, tile, x, q, faults)
+    for first in range(0, shape[0] * shape[1], _TILE):
+        n_blocks = fill_lanes(kind, shape, data, scales, importance, first, VALUES, tile, x, q, faults)
         finite = _encode_lanes(x, q, weighted, blocks)
-        write_blocks(blocks, BYTES, n_blocks, first, out)
+        write_blocks(blocks, BYTES * n_blocks, out, BYTES * (first // VALUES))
         if not finite:
-            note_infinite(blocks, BYTES, n_blocks, first, 0, 2, faults)
+            note_infinite(blocks, BYTES, n_blocks, 0, 2, first, VALUES, faults)
 
 
 @kernel(DECODE)

@@ -16,11 +16,10 @@ from dsv4tools.formats.lanes import (
     WIDTH,
     absolute,
     any_of,
-    bits_of,
     clipped,
     fill,
-    float_of,
     load,
+    negated,
     nint,
     smaller,
     store,
@@ -120,7 +119,7 @@ def search_scale_and_min(
         kept_inverse = where(better, inverse, kept_inverse)
         kept_lo = where(better, lo, kept_lo)
         lo = where(better, m, lo)
-    return scale, float_of(bits_of(lo) ^ -0x80000000), kept_inverse, kept_lo
+    return scale, negated(lo), kept_inverse, kept_lo
 
 
 @routine

@@ -52,8 +52,8 @@ def _stored(v: Lanes, half: int) -> Lanes:
 
 
 @helper
-def _largest(x: Floats, at: int, n: int) -> tuple[Lanes, Lanes]:
-    """The first of the values that are largest in size, and its size."""
+def largest_of_each(x: Floats, at: int, n: int) -> tuple[Lanes, Lanes]:
+    """Of each lane the first of the values that are largest in size, and its size."""
     size = fill(0.0)
     largest = size
     for i in range(n):
@@ -88,7 +88,7 @@ def search_scale(
     """
     for i in range(n):
         store(wx, i * WIDTH, load(w, i * WIDTH) * load(x, at + i * WIDTH))
-    largest, size = _largest(x, at, n)
+    largest, size = largest_of_each(x, at, n)
     kept = fill(-half) / largest
     slx, sl2 = _sum_levels(x, at, w, wx, n, half, kept, everywhere)
     scale = where(sl2 != 0.0, slx / sl2, 0.0)
@@ -114,7 +114,7 @@ def refine_scale(x: Floats, at: int, n: int, half: int, trial: Floats, levels: I
 
     `trial` is room for n lanes. Stored levels go to `levels` from `at` on. Returns the scale.
     """
-    largest, size = _largest(x, at, n)
+    largest, size = largest_of_each(x, at, n)
     tiny = size < 1e-15
     inverse = fill(-half) / largest
     sumlx = fill(0.0)

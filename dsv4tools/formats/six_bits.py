@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsv4tools.formats.blocks import sum_of_squares, weigh_by_importance, weigh_by_size
 from dsv4tools.formats.compile import helper, routine
 from dsv4tools.formats.lanes import WIDTH, aligned, fill, load, nint, smaller, store, to_f16, where
 from dsv4tools.formats.search import fit_positive, search_scale_and_min
-from dsv4tools.formats.superblocks import sum_of_squares, weigh_by_importance, weigh_by_size
 
 if TYPE_CHECKING:
     from dsv4tools.formats.lanes import Lanes
