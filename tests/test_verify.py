@@ -163,6 +163,22 @@ def test_any_byte_of_any_tensor_counts(source, right, changed):
         assert firsts == expected
 
 
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("fill", ["random", "ones", "zeros"])
+def test_tensors_of_nothing_but_noise(fill, threads, source, right, changed, dsv4tools):
+    """NaN, infinities and numbers that overflow whatever is computed from them: each tensor is wrong, that is all."""
+    raw = bytearray(right.read_bytes())
+    begin = min(start for start, _ in positions(right).values())
+    noise = {"random": random.Random(3).randbytes, "ones": lambda n: b"\xff" * n, "zeros": bytes}[fill]
+    raw[begin:] = noise(len(raw) - begin)
+    ended = dsv4tools("verify", changed(0, raw), "--source", source, "--threads", threads, "--json")
+    assert (ended.code, ended.err) == (5, "")
+    checks = ended.data["tensors"]
+    assert len(checks) == 92
+    assert not any(check["ok"] for check in checks)
+    assert all(0.9 * check["n_bytes"] <= check["n_different"] <= check["n_bytes"] or fill != "ones" for check in checks)
+
+
 def test_only_the_tensors_asked_for(source, right, changed, dsv4tools):
     start, _ = positions(right)["blk.1.attn_kv.weight"]
     path = changed(start, bytes([right.read_bytes()[start] ^ 1]))

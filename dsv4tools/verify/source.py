@@ -6,6 +6,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dsv4tools.errors import InputError, UsageError
 from dsv4tools.formats.codecs import DECODABLE, ENCODABLE
 from dsv4tools.gguf.reader import Finding
@@ -109,7 +111,9 @@ def compare_tensors(
         check = each.check
         if each.wrong and n_diagnosed < MAX_DIAGNOSED:
             others = _others_like(tally.planned, planned)
-            check = replace(check, faults=diagnose(tally.planned, tally, each.wrong, bench, others))
+            with np.errstate(all="ignore"):   # a wrong tensor may hold NaN, infinities, anything
+                faults = diagnose(tally.planned, tally, each.wrong, bench, others)
+            check = replace(check, faults=faults)
             n_diagnosed += 1
         elif each.wrong:
             check = replace(check, faults=(Fault("", f"not examined: {MAX_DIAGNOSED} wrong tensors were"),))
