@@ -263,18 +263,23 @@ def decide_formats(
         used.update(r for r in (flag, rule) if r is not None)
         rule = flag or rule
         if rule is None:
-            raise InputError(f"policy {policy.name}", f"no rule matches tensor {tensor.name!r}",
+            raise InputError(policy.path or policy.name, f"no rule matches tensor {tensor.name!r}",
                              hint='end the policy with a rule for "*"')
         decided[tensor.name] = Decision(_choose(policy, rule, tensor, file_formats), rule.label)
     for rule in (*policy.flags, *policy.rules):
         if rule not in used and not rule.optional:
-            raise InputError(f"policy {policy.name}: {rule.label}", "decides no tensor",
+            raise InputError(_place(policy, rule), "decides no tensor",
                              hint="earlier rules took all it matches, or the name is wrong; optional = true allows it")
     return decided
 
 
+def _place(policy: Policy, rule: Rule) -> str:
+    """Where a user finds `rule`: the flag, or the file with the rule's number and globs."""
+    return rule.label if rule in policy.flags or policy.path is None else f"{policy.path}: {rule.label}"
+
+
 def _choose(policy: Policy, rule: Rule, tensor: TemplateTensor, file_formats: Mapping[str, Format]) -> Format:
-    where = f"policy {policy.name}: {rule.label}: tensor {tensor.name!r}"
+    where = f"{_place(policy, rule)}: tensor {tensor.name!r}"
     chosen = rule.format or file_formats.get(tensor.name)
     if chosen is None:
         raise InputError(where, "is to keep the template file's type", hint="give a template file")
@@ -288,5 +293,5 @@ def _refuse_literal(policy: Policy, tensor: TemplateTensor) -> None:
     for rule in (*policy.flags, *policy.rules):
         if tensor.name in rule.tensors:
             kind = "routing table, which is always I32" if tensor.holds_integers else "vector, which is always F32"
-            raise InputError(f"policy {policy.name}: {rule.label}", f"{tensor.name!r} is a {kind}",
+            raise InputError(_place(policy, rule), f"{tensor.name!r} is a {kind}",
                              hint="take it out of the rule")

@@ -288,8 +288,8 @@ BAD_POLICIES = {
     "type": ('[[rule]]\ntensors = "blk.*"\ntype = "Q4_K"\n[[rule]]\ntensors = "*"\ntype = "Q9"\n',
              "rule 2 ('*'): unknown type 'Q9'"),
     "nothing": ('[[rule]]\ntensors = "nothing.*"\ntype = "F16"\n[[rule]]\ntensors = "*"\ntype = "F16"\n',
-                "mine rule 1: nothing.*: decides no tensor"),
-    "incomplete": ('[[rule]]\ntensors = "blk.*"\ntype = "F16"\n', "no rule matches tensor 'token_embd.weight'"),
+                "mine.toml: mine rule 1: nothing.*: decides no tensor"),
+    "incomplete": ('[[rule]]\ntensors = "blk.*"\ntype = "F16"\n', "mine.toml: no rule matches tensor 'token_embd.weight'"),
     "vector": ('[[rule]]\ntensors = "output_norm.weight"\ntype = "F16"\n[[rule]]\ntensors = "*"\ntype = "F16"\n',
                "'output_norm.weight' is a vector, which is always F32"),
     "no encoder": ('[[rule]]\ntensors = "*"\ntype = "IQ1_S"\n', "type IQ1_S cannot be written"),
@@ -646,7 +646,13 @@ def test_quickstart(tmp_path, dsv4tools):
     assert re.search(r"(\d+) of \1 tensors are what the source gives, byte for byte", ended.out)
     demo = tmp_path / "demo"
     assert dsv4tools("verify", demo / "tiny.gguf", "--source", demo / "tiny-checkpoint").code == 0
-    assert "exists" in dsv4tools("quickstart", "--keep", tmp_path / "demo").err
+    assert "exists" in dsv4tools("quickstart", "--keep", demo).failed(2)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").touch()
+    for taken in (other, other / "mine.txt"):
+        assert "is no empty directory" in dsv4tools("quickstart", "--keep", taken).failed(2)
+    assert files(other) == ["mine.txt"]
     before = files(tmp_path)
     assert dsv4tools("quickstart", "--layers", 3, "--experts", 6).code == 0
     assert files(tmp_path) == before

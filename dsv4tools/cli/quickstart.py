@@ -11,7 +11,7 @@ import click
 from dsv4tools.checkpoint import open_checkpoint
 from dsv4tools.cli.output import EPILOG, announce_compilation, show
 from dsv4tools.convert import convert
-from dsv4tools.errors import VerifyError
+from dsv4tools.errors import UsageError, VerifyError
 from dsv4tools.plan import make_plan
 from dsv4tools.sizes import format_bytes
 from dsv4tools.synthetic import TINY, write_checkpoint
@@ -33,6 +33,8 @@ def quickstart(keep: Path | None, seed: int, layers: int, experts: int) -> None:
       dsv4tools quickstart --keep demo
     """
     if keep is not None:
+        if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+            raise UsageError(keep, "exists and is no empty directory", hint="choose another directory for --keep")
         _run(keep, seed, layers, experts)
         return
     with tempfile.TemporaryDirectory(prefix="dsv4tools-") as directory:
