@@ -63,9 +63,10 @@ def multiply_tile(tile: NDArray[np.float32], x: NDArray[np.float32], out: NDArra
     if out.dtype != np.float32 or out.shape != (len(x), n_rows):
         raise InputError("out", f"found {out.dtype} {list(out.shape)}, expected float32 {[len(x), n_rows]}")
     kernels = compiled.load("dots")
-    if n_cols % kernels.TILE_N:
-        np.matmul(x, tile.T, out=out)
-    elif out.size:
+    short = -n_cols % kernels.TILE_N
+    if short:
+        tile, x = (np.pad(a, ((0, 0), (0, short))) for a in (tile, x))
+    if out.size:
         kernels.dot_tile(tile, x, out)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4tools.model.compressor import OVERLAPPING_RATIO, Compressor, CompressorCache, Windows
-from dsv4tools.model.functions import rms, softmax_with_sink
+from dsv4tools.model.functions import multiply, rms, softmax_with_sink
 from dsv4tools.model.rope import Rope
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Attention:
 
         o = o.reshape(S, c.o_groups, -1)                                                 # [S, G, H d / G]
         n = c.o_lora_rank
-        z = [w.matmul(f"{blk}.attn_output_a.weight", o[:, g], rows=(g * n, g * n + n)) for g in range(c.o_groups)]
+        z = w.matmul_all([(f"{blk}.attn_output_a.weight", o[:, g], (g * n, g * n + n)) for g in range(c.o_groups)])
         return w.matmul(f"{blk}.attn_output_b.weight", np.concatenate(z, axis=1))
 
     def _attend(
@@ -105,22 +105,24 @@ class Attention:
         scale, minus_infinity = d ** -0.5, -np.inf
         age = positions[:, None] - (first + np.arange(len(keys)))                        # [B, n]
         in_window = (age >= 0) & (age < self.config.sliding_window)
-        scores = [np.where(in_window[:, None, :], (q @ keys.T) * scale, minus_infinity)]   # [B, H, n]
+        scores = [np.where(in_window[:, None, :], multiply(q, keys) * scale, minus_infinity)]   # [B, H, n]
         if len(rows):
             n_visible = (positions[:, None] + 1) // self.ratio                           # [B, 1]
             if chosen is None:
-                numbers, row_scores = np.arange(len(rows)), q @ rows.T                   # [T], [B, H, T]
+                numbers, row_scores = np.arange(len(rows)), multiply(q, rows)            # [T], [B, H, T]
             else:
                 numbers, picked = chosen, rows[chosen]                                   # [B, k], [B, k, d]
-                row_scores = q @ picked.swapaxes(1, 2)                                   # [B, H, k]
+                row_scores = np.stack([multiply(*pair) for pair in zip(q, picked, strict=True)])   # [B, H, k]
             visible = np.broadcast_to(numbers < n_visible, (B, row_scores.shape[2]))
             scores.append(np.where(visible[:, None, :], row_scores * scale, minus_infinity))
         sink = self.weights.vector(f"blk.{self.layer}.attn_sinks.weight")                # [H]
         weights = softmax_with_sink(np.concatenate(scores, axis=2), sink)                # [B, H, n + T or k]
         n = len(keys)
-        o = weights[:, :, :n] @ keys                                                     # a key is its own value
-        if len(rows):
-            o += weights[:, :, n:] @ (rows if chosen is None else picked)
+        o = multiply(weights[:, :, :n], keys.T)                                          # a key is its own value
+        if len(rows) and chosen is None:
+            o += multiply(weights[:, :, n:], rows.T)
+        elif len(rows):
+            o += np.stack([multiply(p, own.T) for p, own in zip(weights[:, :, n:], picked, strict=True)])
         return o
 
 
@@ -166,7 +168,7 @@ class PreparedIndex:
 
         Where a token sees fewer rows than `top_k`, numbers of invisible rows fill the end.
         """
-        dots = np.maximum(self.q[a:b] @ self.rows.T, 0)                                  # [B, H, T]
+        dots = np.maximum(multiply(self.q[a:b], self.rows), 0)                           # [B, H, T]
         scores = np.einsum("bh,bht->bt", self.head_weights[a:b], dots)
         scores[np.arange(len(self.rows)) >= self.n_visible[a:b, None]] = -np.inf
         chosen = np.argsort(-scores, axis=1, kind="stable")[:, : self.top_k]

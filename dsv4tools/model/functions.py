@@ -1,4 +1,4 @@
-"""The elementwise functions of the model, each as the paper writes it."""
+"""The small functions of the model, each as the paper writes it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsv4tools.formats.products import multiply_tile
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.floating[Any]]   # float32 or float64, as the model was opened
+
+
+def multiply(x: Floats, w: Floats) -> Floats:
+    """``x @ w.T`` for vectors x [..., S, k] and rows w [n, k]: [..., S, n].
+
+    In float32 not by numpy: the threads of its BLAS go on spinning behind each product and take the cores from ours.
+    """
+    if x.dtype != np.float32:
+        return x @ w.T
+    vectors = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    out = np.empty((len(vectors), len(w)), np.float32)
+    multiply_tile(np.ascontiguousarray(w), vectors, out)
+    return out.reshape(*x.shape[:-1], len(w))
 
 
 def rms(x: Floats, eps: float) -> Floats:

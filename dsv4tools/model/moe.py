@@ -38,10 +38,11 @@ class MoE:
         blk, limit, w = f"blk.{self.layer}", self.config.swiglu_limit, self.weights
         gate, up = (w.matmul(f"{blk}.ffn_{name}_shexp.weight", x) for name in ("gate", "up"))
         y = w.matmul(f"{blk}.ffn_down_shexp.weight", clamped_swiglu(gate, up, limit))
-        for expert in np.unique(experts):
-            share = np.where(experts == expert, shares, 0).sum(axis=1)                   # [S]
-            chosen = np.flatnonzero(share)
-            y[chosen] += share[chosen, None] * self._expert(int(expert), x[chosen])
+        used = np.unique(experts)                                                        # in this order they are summed
+        share = [np.where(experts == e, shares, 0).sum(axis=1) for e in used]            # [S] each, mostly zeros
+        chosen = [np.flatnonzero(s) for s in share]                                      # the tokens that chose it
+        for token, s, out in zip(chosen, share, self._experts(used, [x[token] for token in chosen]), strict=True):
+            y[token] += s[token, None] * out
         return y
 
     def route(
@@ -64,12 +65,18 @@ class MoE:
             shares = shares / shares.sum(axis=1, keepdims=True)
         return experts, shares * c.routed_scaling_factor
 
-    def _expert(self, expert: int, x: Floats) -> Floats:
-        """One routed expert on the tokens that chose it: [n, D] -> [n, D]."""
+    def _experts(self, used: NDArray[np.int64], x: list[Floats]) -> list[Floats]:
+        """Routed experts by number, each on the tokens that chose it: [n, D] -> [n, D] for each."""
         c, w, blk = self.config, self.weights, f"blk.{self.layer}"
-        n, D = c.moe_intermediate_size, c.hidden_size
-        inner = (expert * n, expert * n + n)
-        gate = w.matmul(f"{blk}.ffn_gate_exps.weight", x, rows=inner)
-        up = w.matmul(f"{blk}.ffn_up_exps.weight", x, rows=inner)
-        h = clamped_swiglu(gate, up, c.swiglu_limit)                                     # [n, expert width]
-        return w.matmul(f"{blk}.ffn_down_exps.weight", h, rows=(expert * D, expert * D + D))
+
+        def rows_of(expert: int, n: int) -> tuple[int, int]:
+            return expert * n, expert * n + n
+
+        inner = [(int(e), v) for e, v in zip(used, x, strict=True)]
+        gates, ups = (
+            w.matmul_all([(f"{blk}.ffn_{name}_exps.weight", v, rows_of(e, c.moe_intermediate_size)) for e, v in inner])
+            for name in ("gate", "up")
+        )
+        hidden = [clamped_swiglu(gate, up, c.swiglu_limit) for gate, up in zip(gates, ups, strict=True)]
+        return w.matmul_all([(f"{blk}.ffn_down_exps.weight", h, rows_of(int(e), c.hidden_size))
+                             for e, h in zip(used, hidden, strict=True)])                # h: [n, expert width]

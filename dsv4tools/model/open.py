@@ -89,6 +89,8 @@ def _check_supported(config: Config, where: object) -> None:
     if (config.n_group or 0) > 1:
         raise InputError(where, f"routes within {config.n_group} groups of experts, expected none",
                          hint="no DeepSeek-V4 does, and no engine would")
+    if config.sliding_window < 1:
+        raise InputError(where, "has a sliding window of 0 tokens, expected at least the token itself")
 
 
 def bind_tensors(file: GgufFile, config: Config) -> dict[str, GgufTensor]:

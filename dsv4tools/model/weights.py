@@ -18,7 +18,7 @@ from dsv4tools.formats.products import multiply_tile
 from dsv4tools.model.stored import Buffers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from dsv4tools.model.stored import StoredTensor
 
 TILE_VALUES = 1 << 17       # decoded weights of a tile: 512 KiB of float32, which stay in a core's cache
-MIN_SHARE_VALUES = 1 << 18  # a thread that gets fewer weights than this is not worth waking
+MIN_PIECE_VALUES = 1 << 18  # weights of a piece of work: fewer are not worth waking a thread for
+PIECES_PER_THREAD = 2       # more than one, so that a thread that was held up can be helped
+# A matrix by name, vectors [S, n_cols] to multiply with it, and which of its rows (None: all).
+Product = tuple[str, "Floats", tuple[int, int] | None]
 
 
 class Weights:
@@ -83,7 +86,7 @@ class Weights:
         for i, row in enumerate(numbers):
             out[i] = t.decode(int(row), 1, self._buffers())[0]
             if not np.isfinite(out[i]).all():
-                raise self._not_finite(t, int(row), 1)
+                raise self._not_finite(t, int(row), int(row) + 1)
         return out
 
     def ids(self, name: str, numbers: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
@@ -104,24 +107,36 @@ class Weights:
         ResourceError, VerifyError
             The file cannot be read, or was exchanged.
         """
-        t = self._tensors[name]
-        first, stop = rows or (0, t.n_rows)
-        x = np.ascontiguousarray(x, self.dtype)
-        out = np.empty((len(x), stop - first), self.dtype)
-        if len(x):
-            n_shares = max(1, min(self._threads, (stop - first) * t.n_cols // MIN_SHARE_VALUES))
-            if self.dtype != np.float32:
-                n_shares = 1   # these products are numpy's, which has threads of its own
-            bounds = [first + (stop - first) * i // n_shares for i in range(n_shares + 1)]
-            if n_shares == 1:
-                self._multiply(t, x, first, stop, out)
-            else:
-                list(self._pool.map(
-                    lambda a, b: self._multiply(t, x, a, b, out[:, a - first : b - first]), bounds[:-1], bounds[1:]
-                ))
-        if not np.isfinite(out).all():
-            raise self._not_finite(t, first, stop - first)
-        return out
+        return self.matmul_all([(name, x, rows)])[0]
+
+    def matmul_all(self, products: Sequence[Product]) -> list[Floats]:
+        """Several `matmul` at once: threads that are done with one go on with the next."""
+        tasks, outs = [], []
+        n_values = sum(self._n_values(product) for product in products)
+        piece = max(MIN_PIECE_VALUES, n_values // (PIECES_PER_THREAD * self._threads))
+        for name, x, rows in products:
+            t = self._tensors[name]
+            first, stop = rows or (0, t.n_rows)
+            x_rows = np.ascontiguousarray(x, self.dtype)
+            out = np.empty((len(x), stop - first), self.dtype)
+            outs.append(out)
+            step = max(1, piece // t.n_cols)
+            tasks += [(t, x_rows, a, min(a + step, stop), out[:, a - first : a - first + step])
+                      for a in range(first, stop, step)]
+        # Products in float64 are numpy's, which has threads of its own.
+        run = map if len(tasks) == 1 or self.dtype != np.float32 else self._pool.map
+        for _ in run(lambda task: self._multiply(*task), tasks):
+            pass
+        for (name, _, rows), out in zip(products, outs, strict=True):
+            if not np.isfinite(out).all():
+                t = self._tensors[name]
+                raise self._not_finite(t, *(rows or (0, t.n_rows)))
+        return outs
+
+    def _n_values(self, product: Product) -> int:
+        t = self._tensors[product[0]]
+        first, stop = product[2] or (0, t.n_rows)
+        return (stop - first) * t.n_cols
 
     def _multiply(self, t: StoredTensor, x: Floats, first: int, stop: int, out: Floats) -> None:
         """One thread's share of a product: ``out[:, i] = x @ row (first + i)``."""
@@ -145,9 +160,9 @@ class Weights:
             self._all_buffers.append(mine)
         return mine
 
-    def _not_finite(self, t: StoredTensor, first: int, n: int) -> InputError:
+    def _not_finite(self, t: StoredTensor, first: int, stop: int) -> InputError:
         """Why a product with these rows is not finite."""
-        for row in range(first, first + n):
+        for row in range(first, stop):
             values = t.decode(row, 1, self._buffers())[0]
             bad = np.flatnonzero(~np.isfinite(values))
             if len(bad):
