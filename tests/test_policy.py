@@ -90,6 +90,14 @@ def test_q4k_gives_the_types_that_both_engines_load_at_full_size(flash_plan, dat
     assert {tensor: d.format.name for tensor, d in found.items()} == {name: kind for name, kind, _ in expected}
 
 
+def test_mxfp4_is_q4k_but_for_the_experts(flash_plan):
+    tensors = flash_plan.template.tensors
+    found, q4k = (decide_formats(load_policy(name), tensors, {}) for name in ("mxfp4", "q4k"))
+    expected = {name: "MXFP4" if "_exps." in name else d.format.name for name, d in q4k.items()}
+    assert {name: d.format.name for name, d in found.items()} == expected
+    assert sum(kind == "MXFP4" for kind in expected.values()) == 3 * 43
+
+
 def test_every_shipped_policy_decides_every_model(make_checkpoint):
     paths = [make_checkpoint("with"), make_checkpoint("without", lead_ratios=(0, 0, 128), hash_layers=0)]
     assert next(p.name for p in list_policies()) == "q4k"
