@@ -170,6 +170,7 @@ def test_an_entry_that_is_none(entry):
         rules_from_flags({}, [entry])
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+    assert ("is not NAME=TYPE; for example" in str(caught.value)) == ("=" not in entry[1:])
 
 
 @pytest.mark.parametrize("name", ["q4_k", "Q4-K", "q4K", "Q4_K"])
