@@ -145,21 +145,22 @@ class PaperModel:
         return order[:k]
 
     def moe(self, x, at, hashed):
-        limit, y = self.c["swiglu_limit"], np.empty_like(x)
+        limit, scores = self.c["swiglu_limit"], np.sqrt(np.log1p(np.exp(x @ self.w(at + "gate.weight").T)))
 
         def expert(name, v):
-            gate, up = self.w(at + name + ".w1.weight") @ v, self.w(at + name + ".w3.weight") @ v
+            gate, up = v @ self.w(at + name + ".w1.weight").T, v @ self.w(at + name + ".w3.weight").T
             gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-            return self.w(at + name + ".w2.weight") @ (gate * logistic(gate) * up)
+            return (gate * logistic(gate) * up) @ self.w(at + name + ".w2.weight").T
 
-        for t, v in enumerate(x):
-            s = np.sqrt(np.log1p(np.exp(self.w(at + "gate.weight") @ v)))
+        shares = np.zeros_like(scores)
+        for t, s in enumerate(scores):
             chosen = self.w(at + "gate.tid2eid")[self.tokens[t]][: self.n_experts] if hashed else \
                 self.best(t, s + self.w(at + "gate.bias"), self.n_experts)
-            total = s[chosen].sum()
-            y[t] = expert("shared_experts", v)
-            for e in chosen:
-                y[t] += self.c["routed_scaling_factor"] * s[e] / total * expert(f"experts.{e}", v)
+            shares[t, chosen] = self.c["routed_scaling_factor"] * s[chosen] / s[chosen].sum()
+        y = expert("shared_experts", x)
+        for e in range(scores.shape[1]):
+            mine = shares[:, e] > 0
+            y[mine] += shares[mine, e, None] * expert(f"experts.{e}", x[mine])
         return y
 
     def sound(self, smallest=1e-4):
