@@ -53,7 +53,7 @@ def check_not_input(path: Path, inputs: Iterable[Path]) -> None:
         if path.is_dir():
             raise UsageError(path, "is a directory", hint="give the name of the output file")
         for candidate in (path, *(path.with_name(path.name + suffix) for suffix in WORKING_SUFFIXES)):
-            if candidate.exists() and any(candidate.samefile(each) for each in inputs):
+            if candidate.exists() and any(each.exists() and candidate.samefile(each) for each in inputs):
                 raise UsageError(candidate, "is one of the inputs", hint="write elsewhere: inputs are never touched")
 
 

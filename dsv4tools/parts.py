@@ -53,7 +53,7 @@ _LENGTHS = struct.Struct("<8sIIQQ16s")     # magic, version, JSON bytes, GGUF he
 _ENTRY = struct.Struct("<QQ16sQ")
 _PAGE_BYTES = 4096
 MAX_PARTS = 99_999
-_PART_NAME = re.compile(r"\.part-(\d{5})-of-(\d{5})")
+_PART_NAME = re.compile(r"\.part-([0-9]{5})-of-([0-9]{5})")
 
 
 def part_path(out: Path, part: int, parts: int) -> Path:
@@ -63,7 +63,7 @@ def part_path(out: Path, part: int, parts: int) -> Path:
 
 def parse_part(text: str) -> tuple[int, int]:
     """``"2/8"`` -> (2, 8); UsageError unless 1 <= 2 <= 8."""
-    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+    match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MAX_PARTS:
         raise UsageError("--part", f"is {text!r}, expected I/N with 1 <= I <= N <= {MAX_PARTS}")
     return int(match[1]), int(match[2])

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from dsv4tools.gguf.reader import GgufFile
     from dsv4tools.plan import Plan, Unit
 
-# The largest error of a value, as a share of the largest magnitude in its row. For rounding formats half a step with
-# room to spare; Q4_K may give up outliers for the sake of the others, and has scales of six bits.
-TOLERANCES = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 2.0**-7, "Q4_K": 0.3}
+# The largest error of a value, as a share of the largest magnitude in its row. For rounding formats a whole step, of
+# which rounding takes half; Q4_K may give up outliers for the sake of the others, and has scales of six bits.
+TOLERANCES = {"F32": 0.0, "F16": 2.0**-10, "BF16": 2.0**-7, "Q8_0": 2.0**-7, "Q4_K": 0.3}
 OTHER_TOLERANCE = 1.0      # the formats of about two bits
 _SMALLEST = 2.0**-24       # F16 has nothing below, and scales are F16
 

@@ -105,8 +105,9 @@ def run_units(
     stop:
         When it is set the workers finish what they have in hand, and the generator ends early.
 
-    The first exception of a worker is raised here, after all others finished the item that they had in hand. Closing
-    the generator stops the workers likewise. ResourceError if the system gives no more threads.
+    The first exception of a worker is raised here, after all others finished the item that they had in hand and those
+    results were yielded. Closing the generator stops the workers likewise. ResourceError if the system gives no more
+    threads.
     """
     crew = _Crew(items, make_worker, threads, stop or StopRequest())
     try:
@@ -115,7 +116,7 @@ def run_units(
             outcome = crew.done.get()
             if outcome is None:
                 running -= 1
-            elif crew.error is None:
+            else:
                 yield outcome
     finally:
         crew.halt.set()
