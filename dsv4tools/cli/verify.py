@@ -3,49 +3,72 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dsv4tools.cli.engines import engine_option, show_verdicts
-from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, threads_option
-from dsv4tools.errors import VerifyError
+from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, show_table, threads_option
+from dsv4tools.errors import UsageError, VerifyError
+from dsv4tools.outfile import check_not_input, check_place
 from dsv4tools.sizes import format_bytes
+from dsv4tools.verify import report_data
 from dsv4tools.verify import verify as run_verification
+from dsv4tools.verify.page import write_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4tools.verify import Report
+    from dsv4tools.formats.measure import ErrorSums
+    from dsv4tools.verify import Report, TensorCheck
+
+SHOWN = 12   # tensors in the table; --json and --report have all
 
 
 @click.command(epilog=EPILOG)
 @click.argument("path", metavar="OUT.gguf", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), metavar="SRC",
               help="Derive every tensor again from SRC and compare.")
-@click.option("--tensor", "tensors", multiple=True, metavar="GLOB", help="Compare only these tensors; repeatable.")
+@click.option("--tensor", "tensors", multiple=True, metavar="GLOB",
+              help="Look at the data of only these tensors; repeatable.")
 @engine_option
+@click.option("--deep", is_flag=True, help="Scan the scales and values of every block.")
+@click.option("--sample", type=click.FloatRange(0, 100, min_open=True), metavar="P",
+              help="Compare only P per cent of each tensor with SRC: a quick look.")
+@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Chooses what --sample looks at.")
+@click.option("--manifest", type=click.Path(path_type=Path), metavar="M",
+              help="Check the hashes that convert --manifest or llama-gguf-hash wrote to M.")
+@click.option("--forward", is_flag=True, help="Compare predictions with those of SRC on a fixed set of prompts.")
+@click.option("--max-kl", type=click.FloatRange(min=0), metavar="X",
+              help="With --forward: wrong if the mean divergence is above X nats.")
+@click.option("--report", "page", type=click.Path(path_type=Path), metavar="R.html", help="Also write a page.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing page.")
 @threads_option
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[str, ...], engines: tuple[str, ...],
-           threads: int | None, as_json: bool) -> None:
+           deep: bool, sample: float | None, seed: int, manifest: Path | None, forward: bool, max_kl: float | None,
+           page: Path | None, overwrite: bool, threads: int | None, as_json: bool) -> None:
     """Say whether a GGUF is right: its structure, and with --source every byte of its tensors.
 
-    With --engine also whether that engine loads it and computes what it says, from the header alone. Without, the
-    verdicts of all known engines are shown for a DeepSeek-V4 file, and do not decide.
+    A file that another tool encoded is compared by value. With --engine also whether that engine loads the file and
+    computes what it says, from the header alone. Without, the verdicts of all known engines are shown for a
+    DeepSeek-V4 file, and do not decide. Of a split set, name any part.
 
-    Exit code 0: right; 5: any fault in the file; 3: a fault in the source.
+    Exit code 0: right; 5: any fault in the file; 3: a fault in the source or the manifest.
 
     \b
     Examples:
       dsv4tools verify flash.gguf
-      dsv4tools verify flash.gguf --source DeepSeek-V4-Flash
+      dsv4tools verify flash.gguf --source DeepSeek-V4-Flash --report flash.html
       dsv4tools verify flash.gguf --source DeepSeek-V4-Flash --tensor 'blk.3.*'
+      dsv4tools verify flash.gguf --source DeepSeek-V4-Flash --sample 1
+      dsv4tools verify flash.gguf --deep --manifest flash.sha256
       dsv4tools verify flash.gguf --engine ds4 --engine llama.cpp
     """
+    if page is not None:
+        _check_page(page, [path, *filter(None, (manifest,))], source, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
         advance: Callable[[int], None] = lambda n_bytes: None  # noqa: E731  - replaced when the size is known
 
@@ -53,44 +76,114 @@ def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[s
             nonlocal advance
             advance = stack.enter_context(progress_bar(total_bytes, path.name))
 
-        report = run_verification(path, source=source, tensors=tensors, threads=threads, engines=engines,
-                                  progress=lambda n: advance(n), announce=announce)  # noqa: PLW0108  - advance changes
+        report = run_verification(
+            path, source=source, tensors=tensors, engines=engines, deep=deep, sample=sample, seed=seed,
+            manifest=manifest, forward=forward, max_kl=max_kl, threads=threads,
+            progress=lambda n: advance(n), announce=announce,  # noqa: PLW0108  - advance changes
+        )
+    if page is not None:
+        write_page(report, page)
     if as_json:
-        show_json(_as_data(report))
+        show_json(report_data(report))
     else:
         _show(report)
+        if page is not None:
+            show(f"wrote {page}")
     if not report.ok:
         ctx.exit(VerifyError.exit_code)
 
 
-def _as_data(report: Report) -> dict[str, object]:
-    return {
-        "path": str(report.path), "ok": report.ok, "template": report.template, "n_tensors": report.n_tensors,
-        "n_bytes": report.n_file_bytes,
-        "findings": [asdict(f) for f in report.findings],
-        "tensors": [{"name": t.name, "type": t.format, "n_bytes": t.n_bytes, "ok": t.ok, "n_different": t.n_different,
-                     "first_difference": t.difference} for t in report.tensors],
-        "engines": [v.as_data() for v in report.engines],
-    }
+def _check_page(page: Path, inputs: list[Path], source: Path | None, *, overwrite: bool) -> None:
+    """Before hours of work: whether the page can be written, and is nothing that is read."""
+    check_not_input(page, (each for each in inputs if each.exists()))
+    if source is not None and page.resolve().is_relative_to(source.resolve()):
+        raise UsageError(page, f"lies in the source directory {source}",
+                         hint="write elsewhere: inputs are never touched")
+    check_place(page, overwrite=overwrite)
 
 
 def _show(report: Report) -> None:
     for finding in report.findings:
         at = "" if finding.offset is None else f" (byte {finding.offset:,})"
         show(f"{finding.severity}: {finding.where}: {finding.message}{at}")
-    wrong = [t for t in report.tensors if not t.ok]
-    for t in wrong:
-        show(f"error: tensor {t.name} ({t.format}): {t.n_different:,} of {t.n_bytes:,} bytes differ, "
-             f"first {t.difference}")
+    for t in report.wrong:
+        differ = f"{t.n_different:,} of {t.n_compared:,} bytes differ, first {t.difference}" if t.n_blocks else t.reason
+        show(f"error: tensor {t.name} ({t.format}): {differ}")
+        if t.n_blocks:
+            show(f"    {t.reason}")
+        for fault in t.faults:
+            show(f"    {fault}")
     if report.template:
         extent = {"header": "header only, no weights", "sparse": "extended to full size, its data is a hole"}
         show(f"{report.path} is a template: {extent[report.template]}; it is not a model to load")
-    if report.tensors:
-        n = len(report.tensors)
-        show(f"{n - len(wrong)} of {n} tensors are what the source gives, byte for byte")
+    _show_tensors(report)
+    _show_depth(report)
+    if report.manifest is not None:
+        m = report.manifest
+        show(f"manifest {m.path}: {m.n_right:,} of {m.n_hashes:,} hashes agree ({', '.join(m.algorithms)})")
+    _show_behaviour(report)
     show_verdicts(report.engines)
     verdict = "right" if report.ok else "NOT right"
-    n_errors = len(report.errors) + len(wrong) + len(report.objecting)
-    detail = f"{n_errors} error{'s' if n_errors > 1 else ''}" if n_errors else \
+    detail = f"{report.n_errors} error{'s' if report.n_errors > 1 else ''}" if report.n_errors else \
         f"{report.n_tensors} tensors, {format_bytes(report.n_file_bytes)}"
     show(f"{report.path}: {verdict}: {detail}")
+
+
+def _show_tensors(report: Report) -> None:
+    if not report.tensors:
+        return
+    measured = [t for t in report.worst_first() if t.error is not None]
+    if measured:
+        more = f", of {len(measured)} (--json and --report have all)" if len(measured) > SHOWN else ""
+        show(f"largest errors against the source{more}:")
+        table: list[tuple[object, ...]] = [
+            ("tensor", "type", "bits", "relative RMSE", "our own", "max error", "cosine", "")]
+        table += [_row(t) for t in measured[:SHOWN]]
+        show_table(table, right="llrrrrrl")
+    n = len(report.tensors)
+    within = sum(t.judgement == "within" for t in report.tensors)
+    part = "" if report.sample is None else f", in a sample of {report.sample:g} %"
+    show(f"{n - within - len(report.wrong)} of {n} tensors are what the source gives, byte for byte{part}")
+    if within:
+        show(f"{within} more are encoded otherwise than we do, and as close to the source")
+
+
+def _row(t: TensorCheck) -> tuple[object, ...]:
+    return (t.name, t.format, f"{t.bits_per_weight:.3g}", _number(t.error, "relative_rmse"),
+            _number(t.own, "relative_rmse"), _number(t.error, "largest_error"), _number(t.error, "cosine", ".6f"),
+            t.judgement)
+
+
+def _number(errors: ErrorSums | None, name: str, form: str = ".3g") -> str:
+    return "" if errors is None else format(getattr(errors, name), form)
+
+
+def _show_depth(report: Report) -> None:
+    if not report.depth:
+        return
+    by_type: dict[str, list[int | float]] = {}
+    for d in report.depth:
+        row = by_type.setdefault(d.format, [0, 0, 0, 0, 0.0])
+        largest = max(d.values.highest, -d.values.lowest) if d.values and d.values.n else 0.0
+        row[:4] = [row[0] + 1, row[1] + d.scales.n_blocks, row[2] + d.scales.n_zero, row[3] + d.scales.n_subnormal]
+        row[4] = max(row[4], largest)
+    table: list[tuple[object, ...]] = [
+        ("type", "tensors", "blocks", "all zero", "subnormal scale", "largest value")]
+    table += [(name, f"{a:,}", f"{b:,}" if b else "", f"{c:,}" if b else "", f"{e:,}" if b else "", f"{f:.4g}")
+              for name, (a, b, c, e, f) in sorted(by_type.items())]
+    show("blocks and values, looked at one by one (--json has every tensor):")
+    show_table(table, right="lrrrrr")
+
+
+def _show_behaviour(report: Report) -> None:
+    b = report.behaviour
+    if b is None:
+        return
+    show(f"predictions on {b.n_prompts} prompts, {b.n_positions} positions: mean KL {b.mean_kl:.4g}, largest "
+         f"{b.largest_kl:.4g} nats; same top token {b.same_top:.1%}")
+    if b.perplexity_source is not None and b.perplexity_file is not None:
+        show(f"    perplexity {b.perplexity_source:.4f} of the source, {b.perplexity_file:.4f} of the file")
+    if b.parting_layer is not None:
+        show(f"    layer {b.parting_layer} is the first whose residual streams differ by more than rounding")
+    if b.allowed_kl is not None:
+        show(f"    {'within' if b.ok else 'error: above'} --max-kl {b.allowed_kl:g}")

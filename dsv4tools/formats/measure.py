@@ -132,12 +132,30 @@ def measure_cells(
     return sums
 
 
+class ValueMeter:
+    """Measures one run of values after the other: `measure_values` without an object for each."""
+
+    def __init__(self) -> None:
+        self._sums = np.array([0, 0, 0, -inf, inf, 0, 0, 0, 0], np.float64)
+        self._add = compiled.load(_KERNELS).sum_values
+
+    def take(self, values: NDArray[np.float32]) -> bool:
+        """Add a contiguous, one-dimensional run; whether all of its values are finite."""
+        n_finite = self._sums[0]
+        self._add(values, self._sums)
+        return bool(self._sums[0] - n_finite == len(values))
+
+    def result(self) -> ValueSums:
+        """The sums of all runs so far."""
+        n, total, squared, highest, lowest, *counts = self._sums.tolist()
+        return ValueSums(int(n), total, squared, highest, lowest, *map(int, counts))
+
+
 def measure_values(values: NDArray[np.float32]) -> ValueSums:
     """What a contiguous float32 array holds."""
-    sums = np.array([0, 0, 0, -inf, inf, 0, 0, 0, 0], np.float64)
-    compiled.load(_KERNELS).sum_values(values.reshape(-1), sums)
-    n, total, squared, highest, lowest, *counts = sums.tolist()
-    return ValueSums(int(n), total, squared, highest, lowest, *map(int, counts))
+    meter = ValueMeter()
+    meter.take(values.reshape(-1))
+    return meter.result()
 
 
 def count_exponents(values: NDArray[np.float32], counts: NDArray[np.int64]) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 from dsv4tools.engines import Verdict  # noqa: TC001  - see above
 from dsv4tools.formats.measure import ErrorSums, ValueSums  # noqa: TC001  - see above
 from dsv4tools.formats.scales import ScaleCounts  # noqa: TC001  - see above
+from dsv4tools.gguf.header import TensorInfo  # noqa: TC001  - see above
 from dsv4tools.gguf.reader import Finding  # noqa: TC001  - see above
 
 Judgement = Literal["identical", "within", "wrong"]
@@ -165,8 +166,8 @@ class Report:
         The file under test; of a split set the part that was named.
     n_tensors, n_file_bytes:
         What it holds; of a split set all parts.
-    sizes:
-        Bytes of each tensor, in file order.
+    contents:
+        Its tensors by name, in file order.
     template:
         ``"header"`` for a header-only template, ``"sparse"`` for one extended to full size, else None.
     findings:
@@ -188,7 +189,7 @@ class Report:
     path: Path
     n_tensors: int = 0
     n_file_bytes: int = 0
-    sizes: dict[str, int] = field(default_factory=dict)
+    contents: dict[str, TensorInfo] = field(default_factory=dict)
     template: str | None = None
     findings: list[Finding] = field(default_factory=list)
     tensors: list[TensorCheck] = field(default_factory=list)

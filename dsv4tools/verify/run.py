@@ -94,7 +94,7 @@ def verify(
             report.findings += comparison.findings
         deep_names = names if deep else []
         work.announce(comparison.n_bytes + sum(file.tensors[name].n_bytes for name in deep_names)
-                      + (sum(report.sizes.values()) if expected is not None else 0))
+                      + (sum(t.n_bytes for t in file.tensors.values()) if expected is not None else 0))
         if expected is not None:
             report.manifest, findings = check_manifest(file, expected, work.progress)
             report.findings += findings
@@ -125,7 +125,7 @@ def _check_options(
 
 def _look_at_header(path: Path, file: GgufFile, chosen: Engines) -> Report:
     report = Report(path, len(file.tensors), file.n_file_bytes, findings=list(file.findings),
-                    sizes={t.name: t.n_bytes for t in file.tensors.values()})
+                    contents=dict(file.tensors))
     if file.value(TEMPLATE_KEY) is True:
         report.template = "header" if file.template else "sparse"
     if file.ok and (chosen.deciding or _is_deepseek4(file)):
