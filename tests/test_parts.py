@@ -288,7 +288,7 @@ def test_missing_parts_are_all_named(out, dsv4tools):
     part_path(out, 1, 3).unlink()
     part_path(out, 3, 3).unlink()
     message = dsv4tools("assemble", out).failed(2)
-    assert "lacks 2 of 3 parts: out.gguf.part-00001-of-00003, out.gguf.part-00003-of-00003; run dsv4tools conv" in message
+    assert "lacks 2 of 3 parts: out.gguf.part-00001-of-00003, out.gguf.part-00003-of-00003; run dsv4tools" in message
     part_path(out, 2, 3).unlink()
     assert "has no parts here; write them with dsv4tools convert --part I/N" in dsv4tools("assemble", out).failed(2)
 
