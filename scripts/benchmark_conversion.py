@@ -160,10 +160,16 @@ def show_conversions(lines: list[dict[str, Any]]) -> None:
         print()
 
 
+def name_kernel(line: dict[str, Any]) -> str:
+    """A kernel and the case that was measured."""
+    return f"{line['kernel']}, {line['rows']} rows, {line['threads']} thr."
+
+
 def plot(kernels: list[dict[str, Any]], conversions: list[dict[str, Any]], path: Path) -> None:
     """Ratios of the kernels and times of the conversions as bars, in one SVG."""
-    bars = [(k["kernel"], k["ratio"], f"{k['ratio']:.1f}x {k['other']}") for k in kernels if "ratio" in k]
-    rows = [("Kernels, ratio to the other side on the same rows", bars)]
+    bars = [(name_kernel(k), k["ratio"], f"{k['ratio']:.1f}x {k['other']}") for k in kernels if "ratio" in k]
+    times = [(name_kernel(k), k["seconds"], f"{1e3 * k['seconds']:.2f} ms") for k in kernels]
+    rows = [("Kernels, ratio to the other side on the same rows", bars), ("Kernels, time", times)]
     rows.append(("Conversions, seconds", [
         (f"{c['experts']} experts, {c['threads']} threads", c["seconds"], f"{c['seconds']:.1f} s")
         for c in conversions]))
@@ -176,9 +182,9 @@ def plot(kernels: list[dict[str, Any]], conversions: list[dict[str, Any]], path:
         for label, value, text in entries:
             y += 22
             width = 380 * value / largest
-            parts.append(f'<text x="248" y="{y}" text-anchor="end">{label.replace(">", "&gt;")}</text>'
-                         f'<rect x="256" y="{y - 12}" width="{width:.1f}" height="15" fill="#4878a8"/>'
-                         f'<text x="{262 + width:.1f}" y="{y}">{text}</text>')
+            parts.append(f'<text x="388" y="{y}" text-anchor="end">{label.replace(">", "&gt;")}</text>'
+                         f'<rect x="396" y="{y - 12}" width="{width:.1f}" height="15" fill="#4878a8"/>'
+                         f'<text x="{402 + width:.1f}" y="{y}">{text}</text>')
         y += 40
-    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{y}" font-family="sans-serif" '
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{y}" font-family="sans-serif" '
                     f'font-size="13"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n', "utf-8")
