@@ -17,6 +17,7 @@ from dsv4tools.errors import InputError, UsageError
 from dsv4tools.formats.table import FORMATS
 from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
 from dsv4tools.gguf.reader import open_gguf
+from dsv4tools.gguf.splits import split_kvs, split_name
 from dsv4tools.gguf.values import KV
 from dsv4tools.model import open_model
 from dsv4tools.model.gguf_config import read_gguf_config
@@ -125,6 +126,17 @@ class TestGguf:
             return
         with pytest.raises(InputError, match=message):
             open_model(path)
+
+    def test_split_sets(self, right, tmp_path):
+        with open_gguf(right) as file:
+            names = list(file.tensors)
+        for i, kept in enumerate((names[:20], names[20:])):
+            extra = split_kvs(i, 2, len(names))
+            rewrite(right, tmp_path / split_name("set", i, 2), tensors=dict.fromkeys(set(names) - set(kept)),
+                    change=lambda kvs, i=i, extra=extra: [*([] if i else kvs), *extra])
+        with open_model(tmp_path / split_name("set", 1, 2)) as model:
+            assert [path.name for path in model.weights.paths] == [split_name("set", i, 2) for i in range(2)]
+            np.testing.assert_array_equal(model.forward(TOKENS), run(right))
 
     def test_groups_of_experts_are_refused(self, right, tmp_path):
         groups = KV("deepseek4.expert_group_count", "u32", 8)

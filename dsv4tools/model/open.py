@@ -10,7 +10,7 @@ import numpy as np
 from dsv4tools.checkpoint import Checkpoint, open_checkpoint
 from dsv4tools.errors import InputError, UsageError
 from dsv4tools.formats.codecs import DECODABLE
-from dsv4tools.gguf.reader import open_gguf
+from dsv4tools.gguf.splits import SplitFile, open_whole
 from dsv4tools.model.gguf_config import read_gguf_config
 from dsv4tools.model.model import Model
 from dsv4tools.model.stored import CheckpointTensor, GgufTensor
@@ -34,7 +34,7 @@ def open_model(
     Parameters
     ----------
     source:
-        A checkpoint (directory, opened, or a re-routed view of one), or a GGUF file.
+        A checkpoint (directory, opened, or a re-routed view of one), or a GGUF file, or a part of a split one.
     experts_per_token:
         Route each token to fewer experts than the checkpoint does.
     dtype:
@@ -68,13 +68,14 @@ def open_model(
 
 
 def _open_gguf_model(path: Path, dtype: type[np.floating[Any]], threads: int | None) -> Model:
-    file = open_gguf(path, template=True)
+    file = open_whole(path, template=True)
     try:
         _check_weights(file)
         config = read_gguf_config(file)
         _check_supported(config, path)
         stored = bind_tensors(file, config)
-        return Model(Weights(config, stored, [path], dtype=dtype, threads=threads, close=file.close))
+        paths = [part.path for part in file.parts] if isinstance(file, SplitFile) else [path]
+        return Model(Weights(config, stored, paths, dtype=dtype, threads=threads, close=file.close))
     except BaseException:
         file.close()
         raise
