@@ -28,7 +28,7 @@ def logits(source: Path, tokens: str | None, tokens_file: Path | None, text: str
     """Write the logits of a prompt: float32 [tokens, vocabulary], by the reference forward pass.
 
     MODEL is a checkpoint directory or a GGUF. Weights are read as they are needed: a full-size GGUF runs from disk, in
-    about 2 GB of memory.
+    less than 1 GB of memory.
 
     \b
     Examples:
