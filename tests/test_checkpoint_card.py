@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4tools.checkpoint import open_checkpoint
-from dsv4tools.checkpoint.card import ModelCard, read_card
+from dsv4tools.checkpoint.card import RECEIPT, ModelCard, read_card
 from dsv4tools.errors import Dsv4Error, InputError
 from dsv4tools.template import derive_template
 
@@ -221,12 +221,27 @@ def test_a_snapshot_under_another_name_than_a_commit(tmp_path):
 
 
 def test_what_only_looks_like_a_snapshot(tmp_path):
+    path = tmp_path / "models--a--b" / "other" / REVISION
+    path.mkdir(parents=True)
+    assert read_card(path).repository is None
     for path in (snapshot(tmp_path, "datasets--a--b"), snapshot(tmp_path, "other")):
         assert read_card(path).repository is None
 
 
 def test_the_card_names_the_model_before_the_repository(tmp_path):
     assert with_front(snapshot(tmp_path, "models--a--b"), "name: N").name == "N"
+
+
+def test_a_directory_that_our_download_filled(home):
+    receipt = home / RECEIPT
+    receipt.parent.mkdir(parents=True)
+    receipt.write_text(json.dumps({"repository": "a/b", "revision": REVISION}), "utf-8")
+    card = read_card(home)
+    assert (card.name, card.repository, card.revision) == ("b", "a/b", REVISION)
+    for bad in ("main", 7, None, REVISION[:-1], REVISION + "\n"):
+        receipt.write_text(json.dumps({"repository": bad, "revision": bad}), "utf-8")
+        card = read_card(home)
+        assert (card.repository, card.revision) == (bad if isinstance(bad, str) else None, None)
 
 
 # Through to the metadata

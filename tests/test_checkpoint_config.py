@@ -145,6 +145,12 @@ def test_a_vocabulary_that_would_fill_the_memory(load):
     expect(load, "vocab_size", ("vocab_size", 1 << 30))
 
 
+@pytest.mark.parametrize("bad", [4.0, True, "4", None, [4], -1, 1 << 31])
+def test_one_bad_item_in_a_list_that_is_right_otherwise(load, bad):
+    expect(load, "compress_ratios", ("compress_ratios", [*FLASH["compress_ratios"][:42], bad, 0]))
+    expect(load, "quantization_config.weight_block_size", ("quantization_config.weight_block_size", [128, bad]))
+
+
 # Architecture
 
 

@@ -189,8 +189,8 @@ def test_policy_template_without_a_file(checkpoint):
 
 
 def test_policy_template_with_a_type_that_cannot_be_written(checkpoint, own):
-    rewrite(own, formats={"output.weight": "Q5_1"})
-    with pytest.raises(InputError, match=r"'output\.weight': type Q5_1 cannot be written"):
+    rewrite(own, formats={"output.weight": "I16"})   # no encoder ever writes weights as integers
+    with pytest.raises(InputError, match=r"'output\.weight': type I16 cannot be written"):
         make_plan(checkpoint, policy="template", template_file=own)
 
 
@@ -305,6 +305,15 @@ def test_a_type_that_llama_cpp_refuses_is_noted_and_written_right(checkpoint, ow
     plan = make_plan(checkpoint, template_file=own)
     assert plan.notes == (f"deepseek4.{key} written as {own_kind}, the template file has {item or kind}",)
     assert entries(plan) == entries(make_plan(checkpoint))
+
+
+def test_large_integers_are_compared_exactly(make_checkpoint, tmp_path):
+    path = make_checkpoint()
+    edit_json(path / "config.json", lambda config: config.update(max_position_embeddings=(1 << 24) + 1))
+    write_template(make_plan(open_checkpoint(path)), tmp_path / "t.gguf")
+    edit_json(path / "config.json", lambda config: config.update(max_position_embeddings=1 << 24))
+    with pytest.raises(InputError, match=r"context_length': is 16777217, the checkpoint says 16777216"):
+        make_plan(open_checkpoint(path), template_file=tmp_path / "t.gguf")
 
 
 def test_compress_ratios_may_lack_the_zeros_of_draft_blocks(make_checkpoint, tmp_path):
