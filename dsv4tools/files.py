@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import shutil
 import sys
@@ -60,10 +61,13 @@ def pread_all(fd: int, out: memoryview, position: int) -> int:
 
 
 def pwrite_all(fd: int, data: memoryview, position: int) -> None:
-    """Write all of `data` at `position`. A single write may be short without an error: loop until it is done."""
+    """Write all of `data` at `position`, with `insist`.
+
+    A single write may be short without an error: loop until it is done.
+    """
     done = 0
     while done < len(data):
-        n = os.pwrite(fd, data[done:], position + done)
+        n = insist(functools.partial(os.pwrite, fd, data[done:], position + done))
         if n == 0:
             raise OSError(errno.EIO, "write returned 0 bytes")
         done += n

@@ -46,9 +46,10 @@ def working_paths(path: Path, working_name: str | None = None) -> tuple[Path, Pa
 def was_completed(path: Path, identity: Mapping[str, Any]) -> bool:
     """Whether `path` is whole and of this very conversion, which was stopped before it had put everything away."""
     _, partial, journal, _ = working_paths(path)
-    if not journal.exists():
-        return False
-    return _is_completed(path, partial, identity, read_journal(journal))
+    try:
+        return journal.exists() and _is_completed(path, partial, identity, read_journal(journal))
+    except ResourceError:
+        return False   # whatever it is, it will be told by whoever needs it
 
 
 def _is_completed(path: Path, partial: Path, identity: Mapping[str, Any], state: JournalState) -> bool:
@@ -218,7 +219,7 @@ class OutputFile:
     def write(self, position: int, data: NDArray[np.uint8], source: str, n_zeroed: int = 0) -> FinishedUnit:
         """Write a unit; safe to call from many threads. It counts as finished once it was given to `record`."""
         with explained(self.partial, hint=self.hint):
-            insist(lambda: pwrite_all(self._fd, data.data, position))
+            pwrite_all(self._fd, data.data, position)
         return FinishedUnit(position, data.nbytes, checksum(data), source, n_zeroed)
 
     def record(self, unit: FinishedUnit) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 from dsv4tools.errors import InputError, ResourceError
-from dsv4tools.files import pread_into
+from dsv4tools.files import insist, pread_into
 
 _MAX_READ = 1 << 30  # Linux moves at most 2 GiB - 4 KiB per call, macOS 2 GiB - 1
 
@@ -49,12 +50,15 @@ def _refuse_irregular(path: str | os.PathLike[str], status: os.stat_result) -> N
 
 
 def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
-    """Fill `view` (bytes) from `offset` of the file; ResourceError if the system fails or the file ends before."""
+    """Fill `view` (bytes) from `offset` of the file, with `insist`.
+
+    ResourceError if the system fails or the file ends before.
+    """
     done = 0
     while done < len(view):
         part = view[done : done + _MAX_READ]
         try:
-            n = pread_into(fd, part, offset + done)
+            n = insist(partial(pread_into, fd, part, offset + done))
         except OSError as error:
             raise ResourceError(path, f"reading at byte {offset + done} failed: {error.strerror or error}") from None
         if n == 0:
