@@ -96,7 +96,8 @@ def test_a_right_file(source, right, dsv4tools):
     assert ended.succeeded
     assert "92 of 92 tensors are what the source gives, byte for byte" in ended.out
     data = dsv4tools("verify", right, "--source", source, "--json").data
-    assert data.keys() == {"path", "ok", "template", "n_tensors", "n_bytes", "findings", "tensors", "engines"}
+    assert data.keys() == {"path", "ok", "template", "n_tensors", "n_bytes", "findings", "tensors", "engines",
+                           "sample_per_cent", "depth", "manifest", "behaviour"}
     assert (data["ok"], data["template"], data["n_tensors"], data["n_bytes"]) == (True, None, 92, n_bytes)
     assert data["findings"] == []
     assert {t["name"]: t["n_bytes"] for t in data["tensors"]} == {n: size for n, (_, size) in positions(right).items()}

@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "Write a GGUF from a checkpoint.",
     "assemble": "Join the parts of a conversion.",
     "verify": "Say whether a GGUF is right.",
+    "diff": "Show in what two GGUF files differ.",
     "reroute": "Write a checkpoint or GGUF with fewer experts per token.",
     "inspect": "Show what a checkpoint or GGUF holds.",
     "template": "Write a GGUF's header without its weights.",

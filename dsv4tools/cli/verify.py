@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dsv4tools.formats.measure import ErrorSums
-    from dsv4tools.verify import Report, TensorCheck
+    from dsv4tools.verify import DepthCheck, Report, TensorCheck
 
 SHOWN = 12   # tensors in the table; --json and --report have all
 
@@ -161,16 +161,16 @@ def _number(errors: ErrorSums | None, name: str, form: str = ".3g") -> str:
 def _show_depth(report: Report) -> None:
     if not report.depth:
         return
-    by_type: dict[str, list[int | float]] = {}
+    by_type: dict[str, list[DepthCheck]] = {}
     for d in report.depth:
-        row = by_type.setdefault(d.format, [0, 0, 0, 0, 0.0])
-        largest = max(d.values.highest, -d.values.lowest) if d.values and d.values.n else 0.0
-        row[:4] = [row[0] + 1, row[1] + d.scales.n_blocks, row[2] + d.scales.n_zero, row[3] + d.scales.n_subnormal]
-        row[4] = max(row[4], largest)
-    table: list[tuple[object, ...]] = [
-        ("type", "tensors", "blocks", "all zero", "subnormal scale", "largest value")]
-    table += [(name, f"{a:,}", f"{b:,}" if b else "", f"{c:,}" if b else "", f"{e:,}" if b else "", f"{f:.4g}")
-              for name, (a, b, c, e, f) in sorted(by_type.items())]
+        by_type.setdefault(d.format, []).append(d)
+    table: list[tuple[object, ...]] = [("type", "tensors", "blocks", "all zero", "subnormal scale", "largest value")]
+    for name, checks in sorted(by_type.items()):
+        scales, values = [d.scales for d in checks if d.scales.n_blocks], [d.values for d in checks if d.values]
+        counts = [sum(s.n_blocks for s in scales), sum(s.n_zero for s in scales), sum(s.n_subnormal for s in scales)]
+        largest = max((max(v.highest, -v.lowest) for v in values), default=None)
+        table.append((name, f"{len(checks):,}", *(f"{n:,}" if scales else "" for n in counts),
+                      "" if largest is None else f"{largest:.4g}"))
     show("blocks and values, looked at one by one (--json has every tensor):")
     show_table(table, right="lrrrrr")
 

@@ -55,7 +55,12 @@ class ErrorSums:
 
     @property
     def relative_rmse(self) -> float:
-        """Root mean square error over the source's root mean square; infinite where only the source is zero."""
+        """Root mean square error over the source's root mean square.
+
+        Infinite where the source is zero and the values are not, and where values are not finite.
+        """
+        if self.n_not_finite:
+            return inf
         if self.squared_source:
             return sqrt(self.squared_error / self.squared_source)
         return inf if self.squared_error else 0.0

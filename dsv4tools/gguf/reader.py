@@ -78,6 +78,11 @@ class GgufFile:
             self._closer()
 
     @property
+    def paths(self) -> list[Path]:
+        """The files that it lies in: one, or those of a split set."""
+        return [self.path]
+
+    @property
     def ok(self) -> bool:
         """No finding is an error."""
         return not any(finding.severity == "error" for finding in self.findings)

@@ -86,6 +86,11 @@ class SplitFile(GgufFile):
 
     parts: Sequence[GgufFile] = ()
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files of all parts."""
+        return [part.path for part in self.parts]
+
     def close(self) -> None:
         """Give all handles back."""
         for part in self.parts:

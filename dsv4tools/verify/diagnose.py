@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dsv4tools.checkpoint.matrix import Matrix
     from dsv4tools.plan import PlannedTensor
     from dsv4tools.verify.bench import Bench
+    from dsv4tools.verify.judge import Judged
     from dsv4tools.verify.spots import Tile
     from dsv4tools.verify.tally import MatrixTally, TensorTally
 
@@ -52,17 +53,13 @@ class Candidate:
 
 
 def diagnose(
-    planned: PlannedTensor, tally: TensorTally, wrong: Sequence[int], bench: Bench, others: Sequence[Candidate]
+    planned: PlannedTensor, tally: TensorTally, judged: Judged, bench: Bench, others: Sequence[Candidate]
 ) -> tuple[Fault, ...]:
     """What is wrong with a tensor, place by place; errors of reading and encoding the source.
 
-    Parameters
-    ----------
-    wrong:
-        Numbers of its wrong matrices.
-    others:
-        Matrices of other tensors, of the same shape, whose data it may hold.
+    `others` are matrices of other tensors, of the same shape, whose data it may hold.
     """
+    wrong = judged.wrong
     if planned.tensor.holds_integers:
         return (_compare_ids(planned, bench),)
     if not tally.whole.n_measured:   # a type that cannot be decoded
@@ -72,7 +69,7 @@ def diagnose(
     faults = list(_describe_places(planned, places))
     rest = [n for n in wrong if n not in places]
     for number in rest[:MAX_EXAMINED]:
-        faults += _examine(planned, tally.matrices[number], number, bench)
+        faults += _examine(planned, tally.matrices[number], number, bench, by_bytes=judged.by_bytes)
     if len(rest) > MAX_EXAMINED:
         faults.append(Fault(f"{len(rest) - MAX_EXAMINED} more experts", "are wrong, and were not examined"))
     return tuple(faults)
@@ -146,7 +143,9 @@ def _describe_places(planned: PlannedTensor, places: dict[int, tuple[Candidate, 
 # ---------------------------------------------------------------------------------------------- inside of one matrix
 
 
-def _examine(planned: PlannedTensor, tally: MatrixTally, number: int, bench: Bench) -> list[Fault]:
+def _examine(
+    planned: PlannedTensor, tally: MatrixTally, number: int, bench: Bench, *, by_bytes: bool
+) -> list[Fault]:
     """What happened to one matrix that holds its own data, or nobody's."""
     where, name = where_is(planned, number), planned.tensor.sources[number].weight.name
     if tally.n_wrong_cells:
@@ -159,11 +158,11 @@ def _examine(planned: PlannedTensor, tally: MatrixTally, number: int, bench: Ben
             return [Fault(where, f"resembles nothing that was tried: relative RMSE {error:.3g}, cosine {cosine:.3g} "
                                  f"with {name}")]
     spread = tally.found.squared_error - tally.squared_in_cells
-    if spread > (MAX_RATIO * tally.own.relative_rmse) ** 2 * tally.found.squared_source:
+    if not by_bytes and spread > (MAX_RATIO * tally.own.relative_rmse) ** 2 * tally.found.squared_source:
         return [Fault(where, f"has larger errors everywhere, in no place that stands out; it is still {name}")]
     if not tally.n_wrong_cells:   # damage too small to show in the values: the bytes say it
         return describe_blocks(planned, tally, number, bench)
-    return _examine_tiles(planned, tally, number, bench)
+    return _examine_tiles(planned, tally, number, bench, by_bytes=by_bytes)
 
 
 def _take_strip(planned: PlannedTensor, tally: MatrixTally, number: int, bench: Bench) -> Strip:
@@ -178,28 +177,30 @@ def _take_strip(planned: PlannedTensor, tally: MatrixTally, number: int, bench: 
     return Strip(bench, matrix, first, bench.found(planned, number, first, n), source, own_error)
 
 
-def _examine_tiles(planned: PlannedTensor, tally: MatrixTally, number: int, bench: Bench) -> list[Fault]:
+def _examine_tiles(
+    planned: PlannedTensor, tally: MatrixTally, number: int, bench: Bench, *, by_bytes: bool
+) -> list[Fault]:
     """Faults of blocks of the source: the runs of values that share a scale there."""
     scales = bench.scales(planned.tensor.sources[number])
     tiles, n_more = find_wrong_tiles(planned, tally, number, bench, MAX_EXAMINED)
     named = [(tile, _name_tile(tile, scales)) for tile in tiles]
+    faults = [Fault(where_is(planned, number, tile.place), what) for tile, what in named if what]
+    if not faults and by_bytes and tally.n_different <= MAX_EXAMINED:   # the cause; what follows is its effect
+        faults = describe_blocks(planned, tally, number, bench)
     # What shares a block with a named place is off because its scale is: that needs no line of its own.
     explained = {tile.block for tile, what in named if what}
-    faults = [Fault(where_is(planned, number, tile.place), what) for tile, what in named if what]
     for block in sorted({tile.block for tile in tiles} - explained):
         of_block = [tile for tile in tiles if tile.block == block]
         faults.append(Fault(where_is(planned, number, join_places(of_block)), describe_errors(of_block)))
     if n_more:
         faults.append(Fault(where_is(planned, number), f"{n_more} more such places are wrong"))
-    if tally.n_different <= MAX_EXAMINED:
-        faults += describe_blocks(planned, tally, number, bench)
     return _without_repeats(faults) or describe_blocks(planned, tally, number, bench)
 
 
 def _name_tile(tile: Tile, scales: NDArray[np.uint8]) -> str:
     """What is wrong with one block of the source; empty if nothing is known."""
     if not np.isfinite(tile.found).all():
-        return "holds values that are NaN or infinite"
+        return ""
     if not tile.found.any():
         return "is all zeros"
     if tile.found.shape[0] == tile.found.shape[1] > 1 and tile.is_like(tile.source.T):

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from dsv4tools.verify.report import Judgement
     from dsv4tools.verify.tally import MatrixTally, TensorTally
 
-# A type is encoded as we do if in half of its tensors no more blocks differ than this. Builds of the C quantizer that
-# contract to FMA differ in 1 to 3.5 % of Q4_K blocks.
-OUR_SHARE = 0.005
-OUR_BLOCKS = 2          # or if no more blocks than this differ in all: that is damage whatever the recipe
-OTHERWISE_SHARE = 0.5   # a tensor of which more blocks differ was not encoded by our recipe, whatever the others are
+# Differences are a matter of rounding, not damage, where they are everywhere: in so many blocks of a tensor and in so
+# many of its sixteenths, or in half of the tensors of a type in a larger share than this. Builds of the C quantizer
+# that contract to FMA differ in 1 to 3.5 % of Q4_K blocks.
+ROUNDING_BLOCKS, ROUNDING_SEGMENTS = 32, 12
+ROUNDING_SHARE = 0.005
+OTHERWISE_SHARE = 0.5   # a tensor of which more blocks differ was not encoded by our recipe at all
 MAX_RATIO = 2.0         # of its relative RMSE to that of our own encoding
 MIN_COSINE = 0.99       # asked for only where our own encoding reaches it: not of two bits
 ROUNDING = 2.0**-23     # relative RMSE that a lossless type may have: one rounding of float32
@@ -34,34 +35,34 @@ ROUNDING = 2.0**-23     # relative RMSE that a lossless type may have: one round
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A tensor's check, and the numbers of its matrices that are wrong."""
+    """A tensor's check, the numbers of its matrices that are wrong, and whether every byte of it counted."""
 
     check: TensorCheck
     wrong: tuple[int, ...]
+    by_bytes: bool
 
 
 def judge_tensors(tallies: Sequence[TensorTally]) -> list[Judged]:
     """One for each tally: all are needed, because how one tensor was encoded shows in the others of its type."""
-    ours = _find_our_types(tallies)
-    return [_judge_tensor(t, by_bytes=t.planned.format.name in ours) for t in tallies]
+    otherwise = _find_types_rounded_otherwise(tallies)
+    return [_judge_tensor(t, by_values=t.planned.format.name in otherwise) for t in tallies]
 
 
-def _find_our_types(tallies: Sequence[TensorTally]) -> set[str]:
+def _find_types_rounded_otherwise(tallies: Sequence[TensorTally]) -> set[str]:
     shares: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
     for tally in tallies:
         whole = tally.whole
         if whole.n_blocks:
-            name = tally.planned.format.name
-            shares.setdefault(name, []).append(whole.n_blocks_different / whole.n_blocks)
-            counts[name] = counts.get(name, 0) + whole.n_blocks_different
-    return {name for name, each in shares.items() if median(each) <= OUR_SHARE or counts[name] <= OUR_BLOCKS}
+            shares.setdefault(tally.planned.format.name, []).append(whole.n_blocks_different / whole.n_blocks)
+    # A single tensor does not show what is usual: one of its few blocks may be damaged.
+    return {name for name, each in shares.items() if len(each) > 1 and median(each) > ROUNDING_SHARE}
 
 
-def _judge_tensor(tally: TensorTally, *, by_bytes: bool) -> Judged:
+def _judge_tensor(tally: TensorTally, *, by_values: bool) -> Judged:
     whole, planned = tally.whole, tally.planned
-    share = whole.n_blocks_different / whole.n_blocks if whole.n_blocks else 1.0
-    by_bytes = planned.tensor.holds_integers or (by_bytes and share <= OTHERWISE_SHARE)
+    everywhere = whole.n_blocks_different >= ROUNDING_BLOCKS and len(whole.segments) >= ROUNDING_SEGMENTS
+    mostly = whole.n_blocks_different > OTHERWISE_SHARE * whole.n_blocks or not whole.n_blocks
+    by_bytes = planned.tensor.holds_integers or not (by_values or everywhere or mostly)
     reasons: dict[int, str] = {}
     for number, matrix in enumerate(tally.matrices):
         reason = find_reason(matrix, planned.format, by_bytes=by_bytes) if _differs(matrix) else ""
@@ -75,7 +76,7 @@ def _judge_tensor(tally: TensorTally, *, by_bytes: bool) -> Judged:
         difference=whole.first[1], error=whole.found if whole.n_measured else None,
         own=whole.own if whole.own.n else None, n_measured=whole.n_measured,
         by_matrix=tuple(m.found.relative_rmse for m in tally.matrices) if whole.n_measured else (),
-    ), tuple(reasons))
+    ), tuple(reasons), by_bytes)
 
 
 def _differs(matrix: MatrixTally) -> bool:

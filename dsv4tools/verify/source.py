@@ -112,7 +112,7 @@ def compare_tensors(
         if each.wrong and n_diagnosed < MAX_DIAGNOSED:
             others = _others_like(tally.planned, planned)
             with np.errstate(all="ignore"):   # a wrong tensor may hold NaN, infinities, anything
-                faults = diagnose(tally.planned, tally, each.wrong, bench, others)
+                faults = diagnose(tally.planned, tally, each, bench, others)
             check = replace(check, faults=faults)
             n_diagnosed += 1
         elif each.wrong:

@@ -64,6 +64,8 @@ def describe_errors(tiles: Sequence[Tile]) -> str:
     """Their errors, where nothing better can be said."""
     found, source = (np.concatenate([x.reshape(-1) for x in each])
                      for each in ([t.found for t in tiles], [t.source for t in tiles]))
+    if not np.isfinite(found).all():
+        return "holds values that are NaN or infinite"
     errors = measure_errors(found, source)
     return f"is off by up to {errors.largest_error:.3g} (relative RMSE {errors.relative_rmse:.3g})"
 

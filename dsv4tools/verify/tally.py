@@ -34,6 +34,7 @@ MEASURED_OF = 8             # where bytes are identical, every eighth chunk is m
 CELL_VALUES = 256           # errors are looked at in runs of so many values
 # A cell is wrong where its RMSE is over four times that of our own encoding of it, and over 1 % of its values' own.
 CELL_RATIO, CELL_FLOOR = 4.0, 0.01
+N_SEGMENTS = 16             # of a tensor, by which is told whether differences are everywhere or in one place
 N_KEPT = 64                 # places that are kept for naming; the rest is counted
 
 
@@ -47,6 +48,8 @@ class MatrixTally:
         Compared, and those of them that differ from our encoding.
     n_blocks, n_blocks_different, blocks:
         Likewise in blocks; and the numbers of the first that differ, counted from the tensor's first.
+    segments:
+        In which sixteenths of the tensor blocks differ.
     first:
         The tensor's byte that differs first, and a description of it; -1 and nothing where none does.
     found, own:
@@ -65,6 +68,7 @@ class MatrixTally:
     n_blocks: int = 0
     n_blocks_different: int = 0
     blocks: list[int] = field(default_factory=list)
+    segments: frozenset[int] = frozenset()
     first: tuple[int, str] = (-1, "")
     found: ErrorSums = field(default_factory=ErrorSums)
     own: ErrorSums = field(default_factory=ErrorSums)
@@ -81,6 +85,7 @@ class MatrixTally:
         self.n_blocks += other.n_blocks
         self.n_blocks_different += other.n_blocks_different
         self.blocks = sorted([*self.blocks, *other.blocks])[:N_KEPT]
+        self.segments |= other.segments
         if self.first[0] < 0 or 0 <= other.first[0] < self.first[0]:
             self.first = other.first
         self.found.add(other.found)
@@ -241,7 +246,9 @@ def _compare_bytes(unit: Unit, found: Bytes, own: Bytes, tally: MatrixTally) -> 
     first = int(np.argmax(different))
     tally.n_different = int(np.count_nonzero(different))
     tally.n_blocks_different = len(blocks)
-    tally.blocks = (unit.start // size + blocks[:N_KEPT]).tolist()
+    numbers = unit.start // size + blocks
+    tally.blocks = numbers[:N_KEPT].tolist()
+    tally.segments = frozenset((numbers * N_SEGMENTS // (unit.planned.n_bytes // size)).tolist())
     tally.first = (unit.start + first, describe_byte(unit, first, int(found[first]), int(own[first])))
 
 
