@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
     from dsv4tools.plan import Plan
 
+# A runner of tests in parallel (or a shell that starts them in the background) ignores Ctrl-C, and whatever is started
+# from here would inherit that; several tests are about what Ctrl-C does.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SMALL = replace(TINY, layers=3, experts=4, lead_ratios=(0, 4, 128), hash_layers=1, draft_blocks=0)
 """One layer of each kind and no draft: what most tests need."""
 
