@@ -181,7 +181,8 @@ def _show_entries(a: KV | None, b: KV | None) -> tuple[str, str]:
     first = 0
     if a is not None and b is not None and a.type == b.type == "arr":
         pairs = zip(_listed(a.value), _listed(b.value), strict=False)
-        first = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a.value), len(b.value)))
+        end = min(len(a.value), len(b.value)) if len(a.value) != len(b.value) else 0
+        first = next((i for i, (x, y) in enumerate(pairs) if x != y), end)
     for kv in (a, b):
         if kv is None:
             shown.append("")

@@ -77,7 +77,7 @@ def _show(result: Difference) -> None:
     _show_more(len(result.entries))
     unmeasured = [t for t in result.tensors if t.errors is None]
     for t in unmeasured[:SHOWN]:
-        detail = f"; {t.n_bytes_different:,} bytes differ" if t.kind == "bytes" else ""
+        detail = f"; bytes that differ: {t.n_bytes_different:,}" if t.kind == "bytes" else ""
         show(f"tensor {t.name} ({t.kind}): A {t.a or 'lacks it'}; B {t.b or 'lacks it'}{detail}")
     _show_more(len(unmeasured))
     measured = [t for t in result.tensors if t.errors is not None]
@@ -92,8 +92,8 @@ def _show(result: Difference) -> None:
     if result.same:
         show(f"the same: {result.n_entries_same} metadata entries, {n} tensors")
         return
-    show(f"{len(result.entries)} metadata entries differ, {result.n_entries_same} do not; "
-         f"{len(result.tensors)} tensors differ, {n} do not")
+    show(f"metadata entries: {len(result.entries)} differ, {result.n_entries_same} do not; "
+         f"tensors: {len(result.tensors)} differ, {n} do not")
 
 
 def _show_more(n: int) -> None:

@@ -101,10 +101,7 @@ def read_manifest(path: Path, file_name: str) -> Manifest:
     InputError
         The manifest cannot be read, has a line of another form, two different hashes for one thing, or no hashes.
     """
-    try:
-        lines = read_small_file(path, max_bytes=MAX_MANIFEST_BYTES).decode("utf-8", "surrogateescape").split("\n")
-    except FileNotFoundError:
-        raise InputError(path, "there is no such manifest") from None
+    lines = read_small_file(path, max_bytes=MAX_MANIFEST_BYTES).decode("utf-8", "surrogateescape").split("\n")
     by_file: dict[str, Manifest] = {}
     whole_file = ""
     for number, line in enumerate(lines, 1):
