@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 from dsv4tools.checkpoint import Checkpoint, open_checkpoint
 from dsv4tools.compare import Comparison, compare
 from dsv4tools.convert import Conversion, convert
+from dsv4tools.diff import Difference, diff
 from dsv4tools.errors import Dsv4Error, InputError, ResourceError, UsageError, VerifyError
 from dsv4tools.formats.codecs import dequantize, quantize
 from dsv4tools.model import Model, Sampling, generate, open_model
@@ -24,8 +25,8 @@ from dsv4tools.reroute import Rerouted, reroute, reroute_checkpoint, reroute_ggu
 from dsv4tools.verify import Report, verify
 
 __all__ = [
-    "Checkpoint", "Comparison", "Conversion", "Dsv4Error", "InputError", "Model", "Plan", "Policy", "Report",
-    "Rerouted", "ResourceError", "Sampling", "UsageError", "VerifyError", "compare", "convert", "dequantize",
-    "generate", "list_policies", "load_policy", "open_checkpoint", "open_model", "plan", "quantize", "reroute",
+    "Checkpoint", "Comparison", "Conversion", "Difference", "Dsv4Error", "InputError", "Model", "Plan", "Policy",
+    "Report", "Rerouted", "ResourceError", "Sampling", "UsageError", "VerifyError", "compare", "convert", "dequantize",
+    "diff", "generate", "list_policies", "load_policy", "open_checkpoint", "open_model", "plan", "quantize", "reroute",
     "reroute_checkpoint", "reroute_gguf", "verify",
 ]

@@ -16,7 +16,7 @@ from dsv4tools.formats import measure
 from dsv4tools.formats.codecs import DECODABLE, decode_rows, prepare
 from dsv4tools.formats.measure import ErrorSums, measure_errors
 from dsv4tools.gguf.splits import SPLIT_KEYS, open_whole
-from dsv4tools.workers import choose_threads, run_units
+from dsv4tools.workers import choose_threads, run_in_order
 
 if TYPE_CHECKING:
     import threading
@@ -258,20 +258,14 @@ def _compare_data(
 
     pieces = (_Piece(a.tensors[name], b.tensors[name], first, min(_PIECE_VALUES, n - first))
               for name in names for n in [prod(a.tensors[name].ne)] for first in range(0, n, _PIECE_VALUES))
-    parts: dict[str, dict[int, tuple[int, ErrorSums]]] = {name: {} for name in names}
-    with closing(run_units(pieces, make_worker, threads)) as results:
-        for piece, outcome in results:
-            parts[piece.a.name][piece.first] = outcome
+    n_different, errors = dict.fromkeys(names, 0), {name: ErrorSums() for name in names}
+    with closing(run_in_order(pieces, make_worker, threads)) as results:
+        for piece, (n, of_piece) in results:
+            n_different[piece.a.name] += n
+            errors[piece.a.name].add(of_piece)
             if progress is not None:
                 progress(_n_bytes(piece.a, piece.n))
-    totals = {}
-    for name, of_name in parts.items():
-        n_different, errors = 0, ErrorSums()
-        for first in sorted(of_name):
-            n_different += of_name[first][0]
-            errors.add(of_name[first][1])
-        totals[name] = n_different, errors
-    return totals
+    return {name: (n_different[name], errors[name]) for name in names}
 
 
 def _n_bytes(info: TensorInfo, n_values: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import closing
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -125,3 +126,24 @@ def run_units(
                 thread.join()
     if crew.error is not None:
         raise crew.error
+
+
+def run_in_order(
+    items: Iterable[Item], make_worker: Callable[[threading.Semaphore], Callable[[Item], Result]], threads: int
+) -> Generator[tuple[Item, Result], None, None]:
+    """`run_units`, but results come in the order of the items, so that sums of floats do not depend on threads.
+
+    What is finished before its turn waits: seldom more than there are threads.
+    """
+    def make_numbered(computing: threading.Semaphore) -> Callable[[tuple[int, Item]], Result]:
+        worker = make_worker(computing)
+        return lambda numbered: worker(numbered[1])
+
+    waiting: dict[int, tuple[Item, Result]] = {}
+    turn = 0
+    with closing(run_units(enumerate(items), make_numbered, threads)) as results:
+        for (number, item), result in results:
+            waiting[number] = item, result
+            while turn in waiting:
+                yield waiting.pop(turn)
+                turn += 1

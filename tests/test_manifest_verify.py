@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import uuid
@@ -10,6 +11,8 @@ import pytest
 import xxhash
 from gguf import GGUFReader
 from gguf_edit import Edit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from independent import payload
 
 import dsv4tools as dt
@@ -215,3 +218,15 @@ def test_hashes_of_a_converted_file_with_more_algorithms(right, manifest, tmp_pa
     report = dt.verify(right, manifest=path)
     assert report.ok
     assert report.manifest.n_hashes == 94 + 93
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(text=st.one_of(st.binary(max_size=80), st.lists(st.sampled_from([
+    b"sha1", b"sha256", b"uuid", b" ", b"  ", b"a" * 40, b"0" * 64, b"out.gguf", b":x", b"\n", b"#", b"\xff", b"/",
+])).map(b"".join)))  # fmt: skip
+def test_any_text_is_a_manifest_or_an_error(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.manifest"
+    path.write_bytes(text)
+    with contextlib.suppress(InputError):
+        manifest = read_manifest(path, "out.gguf")
+        assert manifest.tensors or manifest.payloads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from gguf_edit import Edit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from independent import E4M3, Weights
 from tamper import read_tensor, write_tensor
 
@@ -283,6 +286,29 @@ def test_one_flipped_bit(name, at, bit, said, check, edit):
 def test_a_flipped_bit_where_only_its_tensor_is_compared(check, edit):
     report, _ = check(edit.flip(DOWN, 144 * 300 + 77, 2), tensors=[DOWN])
     assert not report.ok
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(data=st.data())
+def test_damage_of_any_kind_is_found(model, tmp_path_factory, data):
+    """A few bytes of a few tensors, or runs of them, written over: each of these tensors is wrong, and no other."""
+    source, _, right = model
+    edit, damaged = Edit(right), set()
+    for _ in range(data.draw(st.integers(1, 3))):
+        name = data.draw(st.sampled_from(sorted(edit.places)))
+        size = edit.places[name][1]
+        n = data.draw(st.integers(1, min(size, 2000)))
+        new = data.draw(st.one_of(st.binary(min_size=1, max_size=3), st.sampled_from([bytes(n), b"\xff" * n])))[:size]
+        at = data.draw(st.integers(0, size - len(new)))
+        edit.put(name, new, at)
+        damaged.add(name)
+    path = edit.write(tmp_path_factory.getbasetemp() / "damaged.gguf")
+    original = Edit(right)
+    changed = {name for name in damaged if edit.data(name) != original.data(name)}
+    report = dt.verify(path, source=source, engines=["none"])
+    assert {t.name for t in report.wrong} == changed
+    assert all(t.faults for t in report.wrong)
+    json.dumps(report_data(report), allow_nan=False)
 
 
 def test_a_few_bytes(check, edit):

@@ -10,7 +10,7 @@ from contextlib import closing
 import pytest
 
 from dsv4tools.errors import ResourceError, UsageError
-from dsv4tools.workers import EXTRA_THREADS, MAX_THREADS, choose_threads, run_units
+from dsv4tools.workers import EXTRA_THREADS, MAX_THREADS, choose_threads, run_in_order, run_units
 
 
 def running() -> list[str]:
@@ -165,3 +165,30 @@ def test_a_system_without_threads_is_a_resource_error(monkeypatch):
     assert not running()
 
 
+def test_results_in_order_though_the_work_is_not():
+    def make_worker(computing):
+        def work(n):
+            time.sleep(0.001 * (n % 7))
+            return -n
+
+        return work
+
+    assert list(run_in_order(range(100), make_worker, 8)) == [(n, -n) for n in range(100)]
+    assert not running()
+
+
+def test_an_error_among_results_in_order_is_raised_and_ends_all():
+    def make_worker(computing):
+        def work(n):
+            if n == 5:
+                raise ResourceError("disk", "failed")
+            return n
+
+        return work
+
+    with pytest.raises(ResourceError):
+        list(run_in_order(range(1000), make_worker, 4))
+    results = run_in_order(range(10**9), squares, 4)
+    assert next(results) == (0, 0)
+    results.close()
+    assert not running()

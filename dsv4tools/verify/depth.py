@@ -16,7 +16,7 @@ from dsv4tools.formats.scales import SCALE_FIELDS, ScaleCounts, check_scales
 from dsv4tools.gguf.reader import Finding
 from dsv4tools.template.tables import load_tables
 from dsv4tools.verify.report import DepthCheck
-from dsv4tools.workers import run_units
+from dsv4tools.workers import run_in_order
 
 if TYPE_CHECKING:
     import threading
@@ -84,19 +84,14 @@ def look_deep(
 
         return work
 
-    found: dict[str, dict[tuple[int, int], _Found]] = {t.name: {} for t in tensors}
+    totals = {t.name: _Total(t) for t in tensors}
     pieces = (piece for t in tensors for piece in _pieces(t))
-    with closing(run_units(pieces, make_worker, threads)) as results:
-        for piece, outcome in results:
-            found[piece.tensor.name][piece.matrix, piece.first_block] = outcome
+    with closing(run_in_order(pieces, make_worker, threads)) as results:
+        for piece, found in results:
+            totals[piece.tensor.name].add(piece, found)
             if progress is not None:
                 progress(piece.n_blocks * piece.tensor.format.block_bytes)
-    checks, findings = [], []
-    for tensor in tensors:
-        check, of_tensor = _conclude(tensor, found.pop(tensor.name), file)
-        checks.append(check)
-        findings += of_tensor
-    return checks, findings
+    return [t.check() for t in totals.values()], [f for t in totals.values() for f in t.findings(file.data_offset)]
 
 
 def _id_limits(file: GgufFile) -> dict[str, int]:
@@ -153,52 +148,69 @@ def _look(piece: _Piece, data: NDArray[np.uint8], room: NDArray[np.float32], lim
     return found
 
 
-def _conclude(
-    tensor: TensorInfo, pieces: dict[tuple[int, int], _Found], file: GgufFile
-) -> tuple[DepthCheck, list[Finding]]:
-    total = _Found(ScaleCounts())
-    largest = [0.0] * _n_matrices(tensor)
-    for matrix, first in sorted(pieces):
-        piece = pieces[matrix, first]
-        total.scales.add(piece.scales)
-        total.values.add(piece.values)
-        total.exponents += piece.exponents
-        total.bad = total.bad or piece.bad
-        total.n_bad += piece.n_bad
-        largest[matrix] = max(largest[matrix], piece.values.highest, -piece.values.lowest)
-    decodable = tensor.format.name in DECODABLE
-    zeros = tuple(i for i, most in enumerate(largest) if most == 0) if decodable and tensor.n_bytes else ()
-    check = DepthCheck(
-        tensor.name, tensor.format.name, tensor.n_bytes, total.scales, total.values if decodable else None,
-        tuple(total.exponents.tolist()) if decodable else (), zeros,
-    )
-    return check, list(_findings(tensor, total, zeros, file))
+class _Total:
+    """All pieces of one tensor, added in their order."""
+
+    def __init__(self, tensor: TensorInfo) -> None:
+        self._tensor = tensor
+        self._found = _Found(ScaleCounts())
+        self._largest = [0.0] * _n_matrices(tensor)
+        self._decodable = tensor.format.name in DECODABLE
+
+    def add(self, piece: _Piece, found: _Found) -> None:
+        """Take a piece in."""
+        self._found.scales.add(found.scales)
+        self._found.values.add(found.values)
+        self._found.exponents += found.exponents
+        self._found.bad = self._found.bad or found.bad
+        self._found.n_bad += found.n_bad
+        self._largest[piece.matrix] = max(self._largest[piece.matrix], found.values.highest, -found.values.lowest)
+
+    def check(self) -> DepthCheck:
+        """What the tensor is like."""
+        tensor, found = self._tensor, self._found
+        exponents = tuple(found.exponents.tolist()) if self._decodable else ()
+        return DepthCheck(tensor.name, tensor.format.name, tensor.n_bytes, found.scales,
+                          found.values if self._decodable else None, exponents, self._zeros())
+
+    def _zeros(self) -> tuple[int, ...]:
+        if not self._decodable or not self._tensor.n_bytes or self._found.values.n_not_finite:
+            return ()
+        return tuple(i for i, most in enumerate(self._largest) if most == 0)
+
+    def findings(self, data_offset: int) -> Iterator[Finding]:
+        """What is wrong or odd; `data_offset` is where the data section begins, 0 if there is no one place."""
+        tensor, found, target = self._tensor, self._found, self._tensor.format
+        start = data_offset + tensor.offset
+        if found.scales.faults:
+            block, _ = found.scales.faults[0]
+            at = start + block * target.block_bytes if data_offset else None
+            yield Finding("error", "block-scale", tensor.name, _name_blocks(tensor, found.scales), at)
+        if found.bad:
+            index, what = found.bad
+            also = f", and {found.n_bad - 1:,} more such values" if found.n_bad > 1 else ""
+            at = start + index * target.block_bytes if data_offset else None
+            yield Finding("error", "value", tensor.name, f"{_place(tensor, index)} {what}{also}", at)
+        if target.name == "F16" and found.values.n_large:
+            text = (f"{found.values.n_large:,} values have the magnitude {_LARGEST_F16}, the largest of F16: they may "
+                    f"have been clipped")
+            yield Finding("warning", "f16-range", tensor.name, text, None)
+        zeros = self._zeros()
+        if zeros and len(tensor.ne) > 1:
+            experts = ", ".join(map(str, zeros[:8])) + (" ..." if len(zeros) > 8 else "")
+            text = f"all values of expert {experts} are 0" if len(tensor.ne) > 2 else "all values are 0"
+            yield Finding("warning", "zeros", tensor.name, text, None)
 
 
-def _findings(tensor: TensorInfo, total: _Found, zeros: Sequence[int], file: GgufFile) -> Iterator[Finding]:
-    target = tensor.format
-    if total.scales.faults:
-        block, what = total.scales.faults[0]
-        more = total.scales.n_not_finite - 1
-        named = ", ".join(f"{b:,}" for b, _ in total.scales.faults[1:])
-        text = f"block {block:,} ({_place(tensor, block * target.block_values)}): {what}"
-        if more:
-            text += f"; {more:,} more such blocks: {named}" + (" ..." if more > len(total.scales.faults) - 1 else "")
-        at = file.data_offset + tensor.offset + block * target.block_bytes if file.data_offset else None
-        yield Finding("error", "block-scale", tensor.name, text, at)
-    if total.bad:
-        index, what = total.bad
-        also = f", and {total.n_bad - 1:,} more such values" if total.n_bad > 1 else ""
-        at = file.data_offset + tensor.offset + index * target.block_bytes if file.data_offset else None
-        yield Finding("error", "value", tensor.name, f"{_place(tensor, index)} {what}{also}", at)
-    n_large = total.values.n_large if target.name == "F16" else 0
-    if n_large:
-        text = f"{n_large:,} values have the magnitude {_LARGEST_F16}, the largest of F16: they may have been clipped"
-        yield Finding("warning", "f16-range", tensor.name, text, None)
-    if zeros and len(tensor.ne) > 1:
-        experts = ", ".join(map(str, zeros[:8])) + (" ..." if len(zeros) > 8 else "")
-        text = f"all values of expert {experts} are 0" if len(tensor.ne) > 2 else "all values are 0"
-        yield Finding("warning", "zeros", tensor.name, text, None)
+def _name_blocks(tensor: TensorInfo, scales: ScaleCounts) -> str:
+    """The first block that is not finite with its place and why, and the numbers of the next."""
+    (block, what), *others = scales.faults
+    text = f"block {block:,} ({_place(tensor, block * tensor.format.block_values)}): {what}"
+    n_more = scales.n_not_finite - 1
+    if not n_more:
+        return text
+    named = ", ".join(f"{number:,}" for number, _ in others)
+    return f"{text}; {n_more:,} more such blocks: {named}" + (" ..." if n_more > len(others) else "")
 
 
 def _place(tensor: TensorInfo, index: int) -> str:

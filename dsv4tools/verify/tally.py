@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ from dsv4tools.formats import measure
 from dsv4tools.formats.codecs import DECODABLE, ENCODABLE, decode_rows, decode_source, prepare, self_test
 from dsv4tools.formats.measure import ErrorSums, measure_cells, measure_errors
 from dsv4tools.plan import NAN_KEY, PlannedTensor
-from dsv4tools.workers import run_units
+from dsv4tools.workers import run_in_order
 
 if TYPE_CHECKING:
     import threading
@@ -97,14 +98,14 @@ class MatrixTally:
         self.squared_in_cells += other.squared_in_cells
 
 
-@dataclass(slots=True)
+@dataclass
 class TensorTally:
     """What was found in one tensor: its matrices in order, those without a compared unit left at zero."""
 
     planned: PlannedTensor
     matrices: list[MatrixTally]
 
-    @property
+    @cached_property
     def whole(self) -> MatrixTally:
         """All matrices together."""
         total = MatrixTally()
@@ -221,19 +222,13 @@ def compare_units(
 
         return work
 
-    parts: dict[tuple[str, int], dict[int, MatrixTally]] = {}
-    with closing(run_units(units, make_worker, threads)) as results:
+    tallies = {t.name: TensorTally(t, [MatrixTally() for _ in t.tensor.sources]) for t in planned}
+    with closing(run_in_order(units, make_worker, threads)) as results:
         for unit, tally in results:
-            parts.setdefault((unit.planned.name, matrix_of(unit)), {})[unit.start] = tally
+            tallies[unit.planned.name].matrices[matrix_of(unit)].add(tally)
             if progress is not None:
                 progress(unit.n_bytes)
-    tallies = [TensorTally(t, [MatrixTally() for _ in t.tensor.sources]) for t in planned]
-    for tensor in tallies:
-        for number, matrix in enumerate(tensor.matrices):
-            of_matrix = parts.pop((tensor.planned.name, number), {})
-            for start in sorted(of_matrix):   # sums of floats: always in the same order
-                matrix.add(of_matrix[start])
-    return tallies
+    return list(tallies.values())
 
 
 def _compare_bytes(unit: Unit, found: Bytes, own: Bytes, tally: MatrixTally) -> None:
