@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from dsv4tools.plan import Plan
 
 # Values per second and thread, as measured on one AVX-512 core (docs/performance.md); only for estimates.
-ENCODE_RATES = {"Q4_K": 100e6, "Q8_0": 500e6}
-OTHER_RATE = 500e6
+ENCODE_RATES = {"Q4_K": 350e6, "Q8_0": 2e9}
+OTHER_RATE = 400e6
 DISK_BYTES_PER_SECOND = 500e6
 MAX_NAME_LENGTH = 100   # of what a model calls itself, in a file name
 
