@@ -219,9 +219,9 @@ def kill_often(subject: Subject, kills: int, seed: int = 0) -> Counter[str]:
             Nursery(Path(directory), *subject.modules, environment=environment) as nursery:
         seconds = min(_run_through(subject, nursery) for _ in range(2))   # the first one loads what is loaded late
         for _ in range(kills):
-            child = nursery.begin(*subject.arguments)
+            nursery.begin(*subject.arguments)
             time.sleep(rng.uniform(0, 1.1 * seconds))
-            os.kill(child, signal.SIGKILL)   # at worst a zombie: it is asked for only now
+            nursery.kill(signal.SIGKILL)
             assert nursery.end().code in {0, -signal.SIGKILL}
             state = subject.look()
             found[state] += 1

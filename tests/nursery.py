@@ -5,11 +5,16 @@ For tests that start many, that kill some, or whose variables a library reads wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING, NamedTuple, Self
+
+from process import ROOM_SECONDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +47,6 @@ for line in sys.stdin:
     sys.stdin.readline()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-_ROOM_SECONDS = 120
 
 
 class Ended(NamedTuple):
@@ -68,6 +72,7 @@ class Nursery:
 
     def __init__(self, directory: Path, *modules: str, environment: dict[str, str] | None = None) -> None:
         self.directory = directory
+        self._child: int | None = None   # not waited for yet: until then its number is its own
         self._out, self._err = directory / "nursery.out", directory / "nursery.err"
         self._process = subprocess.Popen([sys.executable, "-c", _CODE, *modules], stdin=subprocess.PIPE, text=True,
                                          stdout=subprocess.PIPE, env=environment)
@@ -76,19 +81,36 @@ class Nursery:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        self._process.wait(_ROOM_SECONDS)
-        self._process.stdout.close()
+        try:
+            if self._process.poll() is None:
+                self._abandon()
+            self._process.communicate(timeout=ROOM_SECONDS)      # the end of its orders is its own
+        finally:
+            self._process.kill()
+            self._process.wait()
 
-    def begin(self, *arguments: object, cwd: Path | None = None, **variables: str) -> int:
-        """Start a command; the process id of the child that runs it."""
+    def _abandon(self) -> None:
+        """Kill a child that nobody has waited for: a test has failed between its beginning and its end."""
+        if self._child is not None:
+            self.kill(signal.SIGKILL)
+            self.end()
+
+    def begin(self, *arguments: object, cwd: Path | None = None, **variables: str) -> None:
+        """Start a command in a child; `end` waits for it."""
+        self._abandon()
         order = {"arguments": [str(a) for a in arguments], "cwd": str(cwd or self.directory), "variables": variables,
                  "out": os.fspath(self._out), "err": os.fspath(self._err)}
-        return int(self._ask(json.dumps(order)))
+        self._child = int(self._ask(json.dumps(order)))
+
+    def kill(self, number: int) -> None:
+        """Send a signal to the child. It may have ended: at worst it is a zombie until `end` was called."""
+        assert self._child is not None, "there is no child"
+        os.kill(self._child, number)
 
     def end(self) -> Ended:
-        """Wait for the child. Until then its number is its own: it may be killed without a look whether it lives."""
+        """Wait for the child."""
         code = int(self._ask(""))
+        self._child = None
         return Ended(code, self._out.read_text("utf-8"), self._err.read_text("utf-8"))
 
     def run(self, *arguments: object, cwd: Path | None = None, **variables: str) -> Ended:
@@ -98,4 +120,12 @@ class Nursery:
     def _ask(self, order: str) -> str:
         self._process.stdin.write(order + "\n")
         self._process.stdin.flush()
-        return self._process.stdout.readline()
+        if select.select([self._process.stdout], [], [], ROOM_SECONDS)[0]:      # an answer is one line
+            return self._process.stdout.readline()
+        with contextlib.suppress(ProcessLookupError):
+            if self._child is not None:
+                os.kill(self._child, signal.SIGKILL)
+        self._child = None
+        self._process.kill()
+        said = self._err.read_text("utf-8") if self._err.exists() else ""
+        raise TimeoutError(f"no answer in {ROOM_SECONDS} s; said so far: {said!r}")

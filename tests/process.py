@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 COMMAND = (sys.executable, "-m", "dsv4tools")
-ROOM_SECONDS = 120   # kernels may have to be compiled first
+ROOM_SECONDS = 600   # kernels may have to be compiled first, by a machine that has much else to do
 
 
 def start(*arguments: object, **options) -> subprocess.Popen[str]:
