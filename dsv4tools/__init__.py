@@ -11,7 +11,7 @@ Nothing here prints or exits; errors are the classes of `dsv4tools.errors`.
 
 __version__ = "0.1.0"
 
-from dsv4tools.checkpoint import Checkpoint, open_checkpoint
+from dsv4tools.checkpoint import Checkpoint
 from dsv4tools.compare import Comparison, compare
 from dsv4tools.convert import Conversion, convert
 from dsv4tools.diff import Difference, diff
@@ -22,6 +22,7 @@ from dsv4tools.plan import Plan
 from dsv4tools.plan import make_plan as plan
 from dsv4tools.policy import Policy, list_policies, load_policy
 from dsv4tools.reroute import Rerouted, reroute, reroute_checkpoint, reroute_gguf
+from dsv4tools.sources import open_source as open_checkpoint
 from dsv4tools.verify import Report, verify
 
 __all__ = [

@@ -104,7 +104,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         entry["n_bytes"] += t.n_bytes
     return {
         "kind": "checkpoint",
-        "path": str(checkpoint.directory),
+        "path": checkpoint.label,
         "name": checkpoint.card.name,
         "n_bytes": checkpoint.n_source_bytes,
         "n_tensors": len(checkpoint.tensors),

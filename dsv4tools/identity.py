@@ -41,6 +41,6 @@ def plan_identity(plan: Plan) -> dict[str, Any]:
     return identity
 
 
-def shard_states(plan: Plan) -> dict[str, list[int]]:
-    """Shard name -> [mtime_ns, inode]: what says cheaply that a shard was not touched."""
-    return {name: [shard.mtime_ns, shard.inode] for name, shard in plan.checkpoint.shards.items()}
+def shard_states(plan: Plan) -> dict[str, list[int | str]]:
+    """Shard name -> what says cheaply that a shard was not touched: [mtime_ns, inode] of a file."""
+    return {name: shard.state for name, shard in plan.checkpoint.shards.items()}

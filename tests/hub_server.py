@@ -36,7 +36,7 @@ _UNWANTED = ("HF_", "HUGGING", "HTTP", "http", "ALL_PROXY", "all_proxy")   # var
 
 @dataclass
 class Fault:
-    """What goes wrong with requests of one kind for one file, `times` times, then no more.
+    """What goes wrong with requests of one kind for one file, `times` times, then no more; the first `after` go well.
 
     `status` answers with an error (`code` is its X-Error-Code, `retry_after` its Retry-After); `corrupt` flips a bit of
     that byte of the body; `drop` breaks the connection after so many bytes of it (`reset`: as a crash does, not as an
@@ -54,6 +54,7 @@ class Fault:
     short: int = 0
     stall: float = 0.0
     times: int = 1_000_000
+    after: int = 0
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Request:
     headers: dict[str, str]
     kind: str = ""
     file: str = ""
+    n_sent: int = 0   # bytes of a file
 
 
 @dataclass
@@ -152,7 +154,9 @@ class HubServer:
     def take_fault(self, kind: str, file: str) -> Fault:
         with self._lock:
             for known, name, fault in self._faults:
-                if known == kind and name in {"", file} and fault.times > 0:
+                if known == kind and name in {"", file} and fault.after > 0:
+                    fault.after -= 1
+                elif known == kind and name in {"", file} and fault.times > 0:
                     fault.times -= 1
                     return fault
         return Fault()
@@ -179,6 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
         self.hub.requests.append(request)
+        self._request = request
         path = unquote(parts.path)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
             request.kind = "info"
@@ -339,6 +344,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     return
                 at += len(data)
+                self._request.n_sent += len(data)
         if stop < end:
             self.close_connection = True
             self.wfile.flush()

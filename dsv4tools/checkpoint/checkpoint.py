@@ -60,6 +60,8 @@ class Checkpoint:
         By name, in file order.
     stored_experts_per_token:
         What config.json itself says; differs from ``config.num_experts_per_tok`` in a re-routed view.
+    reference:
+        ``hf://owner/name@commit`` where the weights are on the Hub; `directory` then has the other files.
     """
 
     directory: Path
@@ -67,6 +69,12 @@ class Checkpoint:
     shards: Mapping[str, Shard]
     tensors: Mapping[str, SourceTensor]
     stored_experts_per_token: int
+    reference: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What a user calls it."""
+        return self.reference or str(self.directory)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -104,7 +112,13 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     if not is_directory:
         raise InputError(directory, "is no directory", hint="give the checkpoint's directory")
     config = read_config(directory / "config.json")
-    shards = open_shards(directory)
+    return bind_checkpoint(directory, config, open_shards(directory))
+
+
+def bind_checkpoint(
+    directory: Path, config: Config, shards: Mapping[str, Shard], reference: str | None = None
+) -> Checkpoint:
+    """The checkpoint that these parts make; InputError where routing tables and config disagree."""
     tensors = {
         name: SourceTensor(name, t.dtype, t.shape, shard, t.begin, t.n_bytes)
         for shard in shards.values() for name, t in shard.tensors.items()
@@ -113,4 +127,4 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         if ROUTING_TABLE.fullmatch(name) and (len(t.shape) != 2 or t.shape[1] != config.num_experts_per_tok):
             raise InputError(t.where, f"has shape {list(t.shape)}, config.json says num_experts_per_tok = "
                              f"{config.num_experts_per_tok}", hint="table and config must agree")
-    return Checkpoint(directory, config, shards, tensors, config.num_experts_per_tok)
+    return Checkpoint(directory, config, shards, tensors, config.num_experts_per_tok, reference)

@@ -10,7 +10,7 @@ from dsv4tools.checkpoint.strict_json import listed, read_json_object, shown
 from dsv4tools.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -72,12 +72,20 @@ def open_shards(directory: Path) -> dict[str, Shard]:
         raise InputError(directory, "is missing") from None
     except OSError as e:
         raise ResourceError(directory, f"cannot be listed: {e.strerror}") from None
+    return gather_shards(directory, present, lambda name: read_shard(locate_shard(directory, name)))
+
+
+def gather_shards(directory: Path, present: Sequence[str], read: Callable[[str], Shard]) -> dict[str, Shard]:
+    """`open_shards` for shards that `read` opens, wherever they are; `directory` has the index.
+
+    `present` are the names of all safetensors files there are.
+    """
     index = directory / INDEX_NAME
     if index.exists() or index.is_symlink():
         weight_map = read_weight_map(index)
     elif len(present) == 1:
         name = check_shard_name(present[0], directory)
-        return {name: read_shard(locate_shard(directory, name))}
+        return {name: read(name)}
     else:
         raise InputError(index, f"is missing, and the directory holds {len(present)} .safetensors files",
                          hint="expected an index, or one file with all tensors")
@@ -86,7 +94,7 @@ def open_shards(directory: Path) -> dict[str, Shard]:
     problems += [f"{n} is not named by the index" for n in present if n not in names]
     if problems:
         raise InputError(index, listed(problems), hint="fetch the missing files, remove what does not belong")
-    shards = {n: read_shard(locate_shard(directory, n)) for n in names}
+    shards = {n: read(n) for n in names}
     problems = list(_contradictions(weight_map, shards))
     if problems:
         raise InputError(index, listed(problems))

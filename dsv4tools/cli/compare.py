@@ -11,6 +11,7 @@ import numpy as np
 from dsv4tools.checkpoint.strict_json import read_small_file
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, show_table, threads_option
 from dsv4tools.cli.prompts import announce_kernels, encode_text, read_tokens, token_options
+from dsv4tools.cli.sources import NEEDS_WEIGHTS, local_argument
 from dsv4tools.compare import Comparison
 from dsv4tools.compare import compare as run_comparison
 from dsv4tools.errors import InputError, VerifyError
@@ -28,8 +29,8 @@ SHOWN = 16   # positions in the table; --json has all
 
 
 @click.command(epilog=EPILOG)
-@click.argument("a", metavar="A", type=click.Path(path_type=Path))
-@click.argument("b", metavar="B", type=click.Path(path_type=Path))
+@click.argument("a", metavar="A", type=local_argument(NEEDS_WEIGHTS))
+@click.argument("b", metavar="B", type=local_argument(NEEDS_WEIGHTS))
 @token_options
 @click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Texts, one a line.")
 @click.option("--experts-per-token-a", type=click.IntRange(1), metavar="N",

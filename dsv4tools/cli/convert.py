@@ -23,6 +23,7 @@ from dsv4tools.cli.output import (
 )
 from dsv4tools.cli.planning import plan_from_options, plan_options
 from dsv4tools.cli.signals import graceful_stop
+from dsv4tools.cli.sources import source_argument
 from dsv4tools.convert import check_conversion
 from dsv4tools.convert import convert as run_conversion
 from dsv4tools.describe import describe_plan, output_name
@@ -39,11 +40,12 @@ if TYPE_CHECKING:
 
     from dsv4tools.convert import Conversion
     from dsv4tools.engines import Verdict
+    from dsv4tools.hub import HubReference
     from dsv4tools.plan import Plan
 
 
 @click.command(epilog=EPILOG)
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=source_argument)
 @click.argument("out", metavar="[OUT.gguf]", type=click.Path(path_type=Path), required=False)
 @plan_options
 @engine_option
@@ -56,8 +58,8 @@ if TYPE_CHECKING:
 @click.option("--part", metavar="I/N", help="Write only part I of N, for job arrays; `assemble` joins them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and write nothing.")
 @json_option
-def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool, manifest: Path | None, restart: bool,
-            steal_lock: bool, part: str | None, dry_run: bool, as_json: bool, engines: tuple[str, ...],
+def convert(source: Path | HubReference, out: Path | None, threads: int | None, overwrite: bool, manifest: Path | None,
+            restart: bool, steal_lock: bool, part: str | None, dry_run: bool, as_json: bool, engines: tuple[str, ...],
             **options: Any) -> None:
     """Write a GGUF from the checkpoint SRC.
 
@@ -115,7 +117,9 @@ def convert(source: Path, out: Path | None, threads: int | None, overwrite: bool
         _show_done(plan, done, seconds, source, manifest)
 
 
-def _show_done(plan: Plan, done: Conversion, seconds: float, source: Path, manifest: Path | None) -> None:
+def _show_done(
+    plan: Plan, done: Conversion, seconds: float, source: Path | HubReference, manifest: Path | None
+) -> None:
     out = done.path
     show(f"wrote {out}: {len(plan.tensors)} tensors, {format_bytes(done.n_bytes)} in {format_seconds(seconds)}")
     for name, n in done.zeroed.items():

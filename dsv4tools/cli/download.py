@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, say, shell_words, show, show_json, show_table
+from dsv4tools.cli.sources import tame_loggers
+from dsv4tools.errors import UsageError
 from dsv4tools.hub import download as run_download
-from dsv4tools.hub import plan_download
-from dsv4tools.hub.faults import mask
+from dsv4tools.hub import is_reference, parse_reference, plan_download
 from dsv4tools.sizes import format_bytes
 
 if TYPE_CHECKING:
     from dsv4tools.hub import DownloadPlan
-
-_CHATTY = ("httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3")   # they log addresses that are signed
 
 
 @click.command(epilog=EPILOG)
@@ -44,7 +42,12 @@ def download(repository: str, directory: Path | None, revision: str | None, incl
       dsv4tools download deepseek-ai/DeepSeek-V4-Flash /data/flash
       dsv4tools download deepseek-ai/DeepSeek-V4-Flash --include '*.json' --include README.md
     """
-    _tame_loggers()
+    tame_loggers()
+    if is_reference(repository):
+        reference = parse_reference(repository)
+        if revision and reference.revision:
+            raise UsageError("--revision", f"is {revision!r}, {repository} names one too", hint="give one of them")
+        repository, revision = reference.repository, revision or reference.revision
     plan = plan_download(repository, directory, revision=revision, include=include, exclude=exclude)
     if dry_run:
         if as_json:
@@ -69,24 +72,6 @@ def download(repository: str, directory: Path | None, revision: str | None, incl
     if done.n_orphans:
         show(f"removed        {done.n_orphans} incomplete files of killed downloads")
     show(f"next: {shell_words('dsv4tools', 'inspect', plan.directory)}")
-
-
-def _tame_loggers() -> None:
-    """No signed addresses, no tokens, one line for each warning of the Hub's library, through our own handler."""
-    import huggingface_hub.utils  # noqa: PLC0415  - takes a quarter of a second; gives the logger its handlers
-
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    hub = logging.getLogger(huggingface_hub.__name__)
-    hub.setLevel(logging.WARNING)
-    hub.handlers.clear()
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_mask_record)
-
-
-def _mask_record(record: logging.LogRecord) -> bool:
-    record.msg, record.args, record.exc_info = mask(record.getMessage()), (), None
-    return True
 
 
 def _as_data(plan: DownloadPlan) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -12,7 +12,11 @@ from dsv4tools.chat import encode_messages, messages_from_request
 from dsv4tools.chat.protocol import SPECIAL_TOKENS
 from dsv4tools.checkpoint.strict_json import MAX_JSON_BYTES, parse_json, read_small_file
 from dsv4tools.cli.output import EPILOG, json_option, show, show_json
+from dsv4tools.cli.sources import local_files, source_argument
 from dsv4tools.errors import InputError
+
+if TYPE_CHECKING:
+    from dsv4tools.hub import HubReference
 
 _EFFORTS: dict[str, Literal["high", "max"]] = {"high": "high", "max": "max"}
 
@@ -25,10 +29,11 @@ _EFFORTS: dict[str, Literal["high", "max"]] = {"high": "high", "max": "max"}
               help="Keep the reasoning of earlier turns, as a conversation with tools does anyway.")
 @click.option("--no-bos", is_flag=True, help="Begin without the begin-of-sentence token.")
 @click.option("--ids", "as_ids", is_flag=True, help="Print token ids, by the tokenizer of --model.")
-@click.option("--model", type=click.Path(path_type=Path), metavar="MODEL", help="A checkpoint directory or a GGUF.")
+@click.option("--model", type=source_argument, metavar="MODEL",
+              help="A checkpoint (directory or hf://OWNER/NAME) or a GGUF: its tokenizer.")
 @json_option
-def encode(path: Path, thinking: str, keep_thinking: bool, no_bos: bool, as_ids: bool, model: Path | None,
-           as_json: bool) -> None:
+def encode(path: Path, thinking: str, keep_thinking: bool, no_bos: bool, as_ids: bool,
+           model: Path | HubReference | None, as_json: bool) -> None:
     """Write a conversation as the prompt that the model reads: DeepSeek's own encoding, which has no chat template.
 
     MESSAGES.json is a list of messages, or an object with messages and tools, as OpenAI's chat API takes them; - reads
@@ -73,10 +78,10 @@ def _read_prompt(path: Path, thinking: str, keep_thinking: bool, no_bos: bool) -
         raise InputError(f"{where}: {e.where}", e.what, hint=e.hint) from None
 
 
-def _token_ids(prompt: str, model: Path) -> list[int]:
+def _token_ids(prompt: str, model: Path | HubReference) -> list[int]:
     from dsv4tools.tokenizer import load_tokenizer  # noqa: PLC0415  - text needs no tokenizer
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(local_files(model))
     for token in SPECIAL_TOKENS:
         if token in prompt:
             tokenizer.token_id(token)   # spelled in several tokens it would say nothing to the model

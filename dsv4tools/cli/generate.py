@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from dsv4tools.cli.output import EPILOG, json_option, say, show_json, threads_option
 from dsv4tools.cli.prompts import announce_kernels, encode_text, no_bos_option
+from dsv4tools.cli.sources import NEEDS_WEIGHTS, local_argument
 from dsv4tools.errors import printable
 from dsv4tools.model import Sampling, open_model
 from dsv4tools.model import generate as generate_tokens
@@ -18,6 +18,8 @@ from dsv4tools.sizes import format_bytes
 from dsv4tools.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from dsv4tools.tokenizer import Tokenizer
@@ -26,7 +28,7 @@ _EFFORTS: dict[str, Literal["high", "max"]] = {"high": "high", "max": "max"}
 
 
 @click.command(epilog=EPILOG)
-@click.argument("source", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("source", metavar="MODEL", type=local_argument(NEEDS_WEIGHTS))
 @click.option("-p", "--prompt", required=True, metavar="TEXT", help="What the model continues, or with --chat answers.")
 @click.option("-n", "n_tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N",
               help="How many tokens at most.")

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv4tools.checkpoint import open_checkpoint
 from dsv4tools.cli.output import EPILOG, json_option, layer_list, shell_words, show, show_json, show_table
+from dsv4tools.cli.sources import open_argument, source_argument
 from dsv4tools.describe import describe_checkpoint, describe_gguf
 from dsv4tools.errors import InputError
 from dsv4tools.gguf.reader import scan_gguf
+from dsv4tools.hub.reference import HubReference
 from dsv4tools.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command(epilog=EPILOG)
-@click.argument("path", metavar="FILE|DIR", type=click.Path(path_type=Path))
+@click.argument("path", metavar="FILE|DIR|hf://...", type=source_argument)
 @click.option("--tensors", is_flag=True, help="List every tensor of a GGUF.")
 @json_option
-def inspect(path: Path, tensors: bool, as_json: bool) -> None:
+def inspect(path: Path | HubReference, tensors: bool, as_json: bool) -> None:
     """Show what a checkpoint directory or a GGUF file holds, from its headers alone.
 
     \b
@@ -28,8 +31,8 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
       dsv4tools inspect flash.gguf --tensors
       dsv4tools inspect flash.gguf --json
     """
-    if path.is_dir():
-        data = describe_checkpoint(open_checkpoint(path))
+    if isinstance(path, HubReference) or path.is_dir():
+        data = describe_checkpoint(open_argument(path))
         show_json(data) if as_json else _show_checkpoint(data)
         return
     with scan_gguf(path, template=True) as file:

@@ -10,12 +10,13 @@ import numpy as np
 
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, threads_option
 from dsv4tools.cli.prompts import announce_kernels, read_tokens, token_options
+from dsv4tools.cli.sources import NEEDS_WEIGHTS, local_argument
 from dsv4tools.logits import write_logits
 from dsv4tools.model import open_model
 
 
 @click.command(epilog=EPILOG)
-@click.argument("source", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("source", metavar="MODEL", type=local_argument(NEEDS_WEIGHTS))
 @token_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="F.npy", help="Where the logits go.")
 @click.option("--experts-per-token", type=click.IntRange(1), metavar="N", help="Route to N experts (checkpoints only).")

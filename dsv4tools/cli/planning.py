@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dsv4tools.checkpoint import open_checkpoint
+from dsv4tools.cli.sources import open_argument
 from dsv4tools.flags import FAMILIES
 from dsv4tools.plan import Plan, make_plan
 from dsv4tools.reroute import reroute
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from dsv4tools.hub import HubReference
 
 _Command = TypeVar("_Command", bound="Callable[..., Any]")
 
@@ -49,11 +51,11 @@ def _family_help(family: str) -> str:
 
 
 def plan_from_options(
-    source: Path, *, policy: str, experts_per_token: int | None, template_file: Path | None, nan: str,
+    source: Path | HubReference, *, policy: str, experts_per_token: int | None, template_file: Path | None, nan: str,
     tensor_types: tuple[str, ...], **families: str | None,
 ) -> Plan:
     """The plan that the options ask for."""
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_argument(source)
     if experts_per_token is not None:
         checkpoint = reroute(checkpoint, experts_per_token)
     flags = {name.replace("_", "-"): value for name, value in families.items()}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsv4tools.cli.output import EPILOG, json_option, show, show_json, show_table
 from dsv4tools.cli.planning import plan_from_options, plan_options
+from dsv4tools.cli.sources import source_argument
 from dsv4tools.policy import Policy, list_policies, load_policy
 from dsv4tools.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dsv4tools.hub import HubReference
 
 
 @click.group(epilog=EPILOG)
@@ -71,10 +76,10 @@ def show_command(name: str, as_json: bool) -> None:
 
 
 @policy.command("explain", epilog=EPILOG)
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=source_argument)
 @plan_options
 @json_option
-def explain_command(source: Path, as_json: bool, **options: Any) -> None:
+def explain_command(source: Path | HubReference, as_json: bool, **options: Any) -> None:
     """Show which type each tensor of the checkpoint SRC gets, by which rule, and how many bytes that takes.
 
     \b

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from dsv4tools.cli.output import EPILOG, json_option, layer_list, progress_bar, say, shell_words, show, show_json
+from dsv4tools.cli.sources import local_argument
 from dsv4tools.errors import UsageError
 from dsv4tools.reroute import reroute_checkpoint, reroute_gguf
 from dsv4tools.sizes import format_bytes
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
     from dsv4tools.reroute import Rerouted
 
+_NEEDS_FILES = "the result shares files with its source (convert re-routes on the way: --experts-per-token)"
+
 
 @click.command(epilog=EPILOG)
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=local_argument(_NEEDS_FILES))
 @click.argument("out", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--experts-per-token", type=click.IntRange(1), required=True, metavar="N",
               help="Fewer than the source has: N columns of its routing tables are kept.")

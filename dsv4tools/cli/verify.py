@@ -10,7 +10,9 @@ import click
 
 from dsv4tools.cli.engines import engine_option, show_verdicts
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, show_table, threads_option
+from dsv4tools.cli.sources import NEEDS_WEIGHTS, open_argument, require_local, source_argument
 from dsv4tools.errors import UsageError, VerifyError
+from dsv4tools.hub import HubReference
 from dsv4tools.outfile import check_not_input, check_place
 from dsv4tools.sizes import format_bytes
 from dsv4tools.verify import report_data
@@ -28,7 +30,7 @@ SHOWN = 12   # tensors in the table; --json and --report have all
 
 @click.command(epilog=EPILOG)
 @click.argument("path", metavar="OUT.gguf", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), metavar="SRC",
+@click.option("--source", type=source_argument, metavar="SRC",
               help="Derive every tensor again from SRC and compare.")
 @click.option("--tensor", "tensors", multiple=True, metavar="GLOB",
               help="Look at the data of only these tensors; repeatable.")
@@ -47,9 +49,9 @@ SHOWN = 12   # tensors in the table; --json and --report have all
 @threads_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[str, ...], engines: tuple[str, ...],
-           deep: bool, sample: float | None, seed: int, manifest: Path | None, forward: bool, max_kl: float | None,
-           page: Path | None, overwrite: bool, threads: int | None, as_json: bool) -> None:
+def verify(ctx: click.Context, path: Path, source: Path | HubReference | None, tensors: tuple[str, ...],
+           engines: tuple[str, ...], deep: bool, sample: float | None, seed: int, manifest: Path | None, forward: bool,
+           max_kl: float | None, page: Path | None, overwrite: bool, threads: int | None, as_json: bool) -> None:
     """Say whether a GGUF is right: its structure, and with --source every byte of its tensors.
 
     A file that another tool encoded is compared by value. With --engine also whether that engine loads the file and
@@ -69,6 +71,9 @@ def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[s
     """
     if page is not None:
         _check_page(page, [path, *filter(None, (manifest,))], source, overwrite=overwrite)
+    if isinstance(source, HubReference) and forward:
+        require_local(source, f"--forward: {NEEDS_WEIGHTS}")
+    checkpoint = None if source is None else open_argument(source)
     with contextlib.ExitStack() as stack:
         advance: Callable[[int], None] = lambda n_bytes: None  # noqa: E731  - replaced when the size is known
 
@@ -77,7 +82,7 @@ def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[s
             advance = stack.enter_context(progress_bar(total_bytes, path.name))
 
         report = run_verification(
-            path, source=source, tensors=tensors, engines=engines, deep=deep, sample=sample, seed=seed,
+            path, source=checkpoint, tensors=tensors, engines=engines, deep=deep, sample=sample, seed=seed,
             manifest=manifest, forward=forward, max_kl=max_kl, threads=threads,
             progress=lambda n: advance(n), announce=announce,  # noqa: PLW0108  - advance changes
         )
@@ -93,10 +98,10 @@ def verify(ctx: click.Context, path: Path, source: Path | None, tensors: tuple[s
         ctx.exit(VerifyError.exit_code)
 
 
-def _check_page(page: Path, inputs: list[Path], source: Path | None, *, overwrite: bool) -> None:
+def _check_page(page: Path, inputs: list[Path], source: Path | HubReference | None, *, overwrite: bool) -> None:
     """Before hours of work: whether the page can be written, and is nothing that is read."""
     check_not_input(page, (each for each in inputs if each.exists()))
-    if source is not None and page.resolve().is_relative_to(source.resolve()):
+    if isinstance(source, Path) and page.resolve().is_relative_to(source.resolve()):
         raise UsageError(page, f"lies in the source directory {source}",
                          hint="write elsewhere: inputs are never touched")
     check_place(page, overwrite=overwrite)

@@ -109,8 +109,11 @@ def _root(error: BaseException) -> BaseException:
 
 
 def is_transport_error(error: BaseException) -> bool:
-    """Whether httpx failed below HTTP: no connection, reset, time-out. (By name: the library has been renamed once.)"""
-    return any(c.__name__ == "TransportError" for c in type(error).__mro__)
+    """Whether httpx failed without an answer: no connection, reset, time-out, redirects without end.
+
+    By name: the library has been renamed once.
+    """
+    return any(c.__name__ in {"TransportError", "RequestError"} for c in type(error).__mro__)
 
 
 def _status(error: BaseException) -> int | None:

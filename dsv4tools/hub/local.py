@@ -94,7 +94,7 @@ def write_receipt(directory: Path, snapshot: Snapshot, files: Iterable[RemoteFil
     entries = {f.name: {"n_bytes": f.n_bytes, "sha256": f.sha256} if f.sha256 else
                {"n_bytes": f.n_bytes, "git_sha1": f.git_sha1} for f in files}
     receipt = {"repository": snapshot.repository, "revision": snapshot.revision, "files": entries}
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")   # another process may be writing the same
     with explained(path):
         partial.write_text(json.dumps(receipt, indent=1) + "\n", "utf-8")
         partial.replace(path)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4tools.checkpoint import Checkpoint, open_checkpoint
 from dsv4tools.engines import choose_engines, judge_file
 from dsv4tools.errors import UsageError
 from dsv4tools.gguf.reader import Finding, scan_gguf
 from dsv4tools.gguf.splits import scan_whole
 from dsv4tools.plan import TEMPLATE_KEY, tensor_units
+from dsv4tools.sources import open_source
 from dsv4tools.template.tables import load_tables
 from dsv4tools.verify.behaviour import compare_behaviour
 from dsv4tools.verify.depth import look_deep
@@ -24,6 +24,7 @@ from dsv4tools.workers import choose_threads
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from dsv4tools.checkpoint import Checkpoint
     from dsv4tools.engines import Engines
     from dsv4tools.gguf.reader import GgufFile
     from dsv4tools.plan import PlannedTensor, Unit
@@ -45,7 +46,7 @@ def verify(
     path:
         The file, or any part of a split set: the set is checked.
     source:
-        The checkpoint (directory or opened) that the file was made from.
+        The checkpoint (directory, ``hf://owner/name``, or opened) that the file was made from.
     tensors:
         Globs: compare and look deep into only these.
     engines:
@@ -82,7 +83,7 @@ def verify(
         if not file.ok or (source is None and not deep and expected is None):
             return report
         names = select_tensors(file, tensors)
-        checkpoint = source if source is None or isinstance(source, Checkpoint) else open_checkpoint(source)
+        checkpoint = None if source is None else open_source(source)
         if report.template:
             what = "is a template: no weights to compare"
             report.findings.append(Finding("error", "template", str(path), what, None))
