@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dsv4tools.formats.source import SourceRows
     from dsv4tools.plan import Unit
 
-_SOURCE_HINT = "--nan zero converts such values to 0"
+_SOURCE_HINT = "begin anew with --nan zero --restart to convert such values to 0"
 _FAULTS = {
     FaultKind.NAN_SCALE: ("is under a NaN scale byte (255)", _SOURCE_HINT),
     FaultKind.NAN_CODE: ("is a NaN FP8 code", _SOURCE_HINT),

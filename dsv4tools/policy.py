@@ -285,7 +285,11 @@ def _choose(policy: Policy, rule: Rule, tensor: TemplateTensor, file_formats: Ma
         raise InputError(where, "is to keep the template file's type", hint="give a template file")
     if chosen.name not in ENCODABLE:
         raise InputError(where, f"type {chosen.name} cannot be written, can be are {', '.join(sorted(ENCODABLE))}")
-    chosen.row_bytes(tensor.ne[0], where)
+    try:
+        chosen.row_bytes(tensor.ne[0], where)
+    except InputError as e:
+        raise InputError(e.where, e.what, hint="give it a type of smaller blocks, in a rule before this one or by "
+                         f"--tensor-type {tensor.name}=TYPE") from None
     return chosen
 
 

@@ -353,7 +353,7 @@ def test_case_13_experts_and_scales(source, make_checkpoint, refused):
 ])  # fmt: skip
 def test_case_14_values_that_are_no_numbers(name, data, at, source, refused, dsv4tools, tmp_path):
     write_tensor(source, name, data, at)
-    refused(3, name, "the value at row", "--nan zero converts such values to 0")
+    refused(3, name, "the value at row", "begin anew with --nan zero --restart to convert such values to 0")
     done = dsv4tools("convert", source, tmp_path / "zero.gguf", "--nan", "zero", "--json").data
     assert sum(done["zeroed"].values()) == (32 if name == EXPERT_SCALE else 1)
 
@@ -973,6 +973,7 @@ def test_case_41_the_kernel_cache(what, source, pair, tmp_path):
     ended = run("convert", source, out, "--policy", "f32", environment={"NUMBA_CACHE_DIR": str(cache)})
     assert ended.returncode == 0, ended
     assert all(line.startswith(("warning: ", "note: ")) for line in ended.stderr.splitlines())
+    assert ended.stderr.count("note: compiling kernels, once per version and machine") == 1
     assert what == "a damaged cache" or "kernels are compiled for this process only" in ended.stderr
     assert dt.verify(out, source=source).ok
 

@@ -310,6 +310,7 @@ def test_a_row_that_is_no_whole_number_of_blocks(make_checkpoint, tmp_path, dsv4
     checkpoint = make_checkpoint(hidden=288)
     message = dsv4tools("convert", checkpoint, tmp_path / "o.gguf").failed(3)
     assert "288 columns are not a whole number of Q4_K blocks of 256 values" in message
+    assert "by --tensor-type blk.0.ffn_gate_exps.weight=TYPE" in message
     assert "blk.0.ffn_gate_exps.weight" in message
 
 
@@ -502,11 +503,11 @@ def test_a_pipe_gets_neither_colours_nor_progress(source, tmp_path):
     assert "\r" not in ended.stdout
 
 
-def on_terminal(*arguments, environment, columns=100) -> tuple[int, str]:
+def on_terminal(*arguments, environment, columns=100, command=COMMAND) -> tuple[int, str]:
     """Run a command whose stderr is a terminal; its exit code and what the terminal showed."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
-    process = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=theirs,
+    process = subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=theirs,
                                env={**os.environ, **environment})  # fmt: skip
     os.close(theirs)
     shown = b""
@@ -515,6 +516,13 @@ def on_terminal(*arguments, environment, columns=100) -> tuple[int, str]:
             shown += part
     os.close(ours)
     return process.wait(ROOM_SECONDS), shown.decode()
+
+
+def test_a_line_does_not_run_into_a_progress_bar():
+    story = "from dsv4tools.cli.output import progress_bar, say\nwith progress_bar(9, 'x') as f: f(5); say('note: so')"
+    code, shown = on_terminal(environment={"TERM": "xterm"}, command=(sys.executable, "-c", story))
+    assert (code, "| 5.00/9.00 [" in shown) == (0, True)
+    assert "note: so" in [line.split("\r")[-1] for line in shown.split("\r\n")], shown
 
 
 @pytest.mark.parametrize("columns", [100, 0])

@@ -10,7 +10,7 @@ import numpy as np
 
 from dsv4tools.checkpoint.strict_json import read_small_file
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, show_table, threads_option
-from dsv4tools.cli.prompts import announce_kernels, encode_text, read_tokens, token_options
+from dsv4tools.cli.prompts import encode_text, read_tokens, token_options
 from dsv4tools.cli.sources import NEEDS_WEIGHTS, local_argument
 from dsv4tools.compare import Comparison
 from dsv4tools.compare import compare as run_comparison
@@ -67,7 +67,6 @@ def compare(ctx: click.Context, a: Path, b: Path, tokens: str | None, tokens_fil
         _read_prompts(a, prompts, no_bos=no_bos)
     if plot is not None:
         check_place(plot, overwrite=overwrite)
-    announce_kernels()
     dtype = np.float64 if float64 else np.float32
     with (
         open_model(a, experts_per_token=experts_per_token_a, dtype=dtype, threads=threads) as model_a,

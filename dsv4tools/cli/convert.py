@@ -11,7 +11,6 @@ import click
 from dsv4tools.cli.engines import engine_option, show_summaries
 from dsv4tools.cli.output import (
     EPILOG,
-    announce_compilation,
     json_option,
     progress_bar,
     say,
@@ -98,7 +97,6 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
     require_engines(plan, verdicts, asked)
     for note in plan.notes:
         say(f"note: {note}")
-    announce_compilation([t.format.name for t in plan.tensors])
     started = time.monotonic()
     total_bytes = sum(t.n_bytes for t in plan.tensors) // (chosen[1] if chosen else 1)
     with graceful_stop() as stop, progress_bar(total_bytes, out.name) as advance:

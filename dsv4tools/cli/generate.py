@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from dsv4tools.cli.output import EPILOG, json_option, say, show_json, threads_option
-from dsv4tools.cli.prompts import announce_kernels, encode_text, no_bos_option
+from dsv4tools.cli.prompts import encode_text, no_bos_option
 from dsv4tools.cli.sources import NEEDS_WEIGHTS, local_argument
 from dsv4tools.errors import printable
 from dsv4tools.model import Sampling, open_model
@@ -67,7 +67,6 @@ def generate(source: Path, prompt: str, n_tokens: int, temp: float, top_p: float
     tokenizer = load_tokenizer(source)
     ids = _chat_ids(tokenizer, prompt, system, thinking or "high") if chat else \
         encode_text(tokenizer, prompt, no_bos=no_bos)
-    announce_kernels()
     used: dict[int, Counter[int]] = defaultdict(Counter)
 
     def note_experts(what: str, layer: int, array: NDArray[Any]) -> None:

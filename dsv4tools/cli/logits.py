@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, threads_option
-from dsv4tools.cli.prompts import announce_kernels, read_tokens, token_options
+from dsv4tools.cli.prompts import read_tokens, token_options
 from dsv4tools.cli.sources import NEEDS_WEIGHTS, local_argument
 from dsv4tools.logits import write_logits
 from dsv4tools.model import open_model
@@ -38,15 +38,15 @@ def logits(source: Path, tokens: str | None, tokens_file: Path | None, text: str
       dsv4tools logits DeepSeek-V4-Flash --tokens-file prompt.txt --experts-per-token 4 --out four.npy
     """
     ids = read_tokens(source, tokens, tokens_file, text, no_bos=no_bos)
-    announce_kernels()
     dtype = np.float64 if float64 else np.float32
-    started = time.monotonic()
     with (
         open_model(source, experts_per_token=experts_per_token, dtype=dtype, threads=threads) as model,
         progress_bar(len(ids), out.name, unit="token") as advance,
     ):
+        model.weights.prepare()
+        started = time.monotonic()
         shape = write_logits(model, ids, out, overwrite=overwrite, progress=advance)
-    seconds = time.monotonic() - started
+        seconds = time.monotonic() - started
     if as_json:
         show_json({"out": str(out), "shape": list(shape), "tokens": ids.tolist(), "seconds": round(seconds, 3)})
         return

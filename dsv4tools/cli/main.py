@@ -74,6 +74,14 @@ def group(debug: bool) -> None:
     del debug
 
 
+class _LogLines(logging.Handler):
+    """What libraries log, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = "warning" if record.levelno >= logging.WARNING else "note"
+        say(f"{kind}: {' '.join(record.getMessage().split())}")
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, as something that no `except Exception` between here and there swallows."""
 
@@ -85,8 +93,9 @@ def main() -> NoReturn:
     debug = "--debug" in head
     arguments = [a for a in head if a != "--debug"] + arguments[len(head):]
     _open_standard_streams()
-    logging.basicConfig(format="warning: %(message)s", level=logging.DEBUG if debug else logging.WARNING)
+    logging.basicConfig(handlers=[_LogLines()], level=logging.DEBUG if debug else logging.WARNING)
     logging.getLogger("numba").setLevel(logging.WARNING)
+    logging.getLogger("dsv4tools").setLevel(logging.DEBUG if debug else logging.INFO)
     signal.signal(signal.SIGTERM, _terminate)
     if "_DSV4TOOLS_COMPLETE" in os.environ:   # a shell asks for completions, in click's own way
         group.main(arguments, prog_name="dsv4tools")

@@ -22,7 +22,10 @@ EPILOG = "Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXI
 def say(text: str) -> None:
     """A line for the person at the terminal, on stderr."""
     with contextlib.suppress(OSError):   # nobody listens: the exit code still says it
-        click.echo(printable(text), err=True)
+        if is_interactive() and (bars := sys.modules.get("tqdm")) is not None:
+            bars.tqdm.write(printable(text), file=sys.stderr)   # it takes a bar aside that the line would run into
+        else:
+            click.echo(printable(text), err=True)
 
 
 def show(text: str = "") -> None:
@@ -74,16 +77,6 @@ def progress_bar(total: int, what: str, unit: str = "B") -> Iterator[Callable[[i
     width = {"dynamic_ncols": True} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": 80}
     with tqdm(total=total, desc=printable(what), unit=unit, unit_scale=True, file=sys.stderr, **width) as bar:
         yield bar.update
-
-
-def announce_compilation(formats: Sequence[str]) -> None:
-    """Say on a terminal that the first run compiles."""
-    if not is_interactive():
-        return
-    from dsv4tools.formats.codecs import needs_compile  # noqa: PLC0415  - imports numba
-
-    if needs_compile(formats):
-        say("compiling kernels, once per version and machine: about 20 s ...")
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -10,9 +10,7 @@ import click
 import numpy as np
 
 from dsv4tools.checkpoint.strict_json import read_small_file
-from dsv4tools.cli.output import is_interactive, say
 from dsv4tools.errors import InputError, UsageError
-from dsv4tools.formats.products import needs_compile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,12 +53,6 @@ def read_tokens(
     from dsv4tools.tokenizer import load_tokenizer  # noqa: PLC0415  - ids need no tokenizer
 
     return np.array(encode_text(load_tokenizer(model), text or "", no_bos=no_bos), np.int64)
-
-
-def announce_kernels() -> None:
-    """Say on a terminal that the first run compiles."""
-    if is_interactive() and needs_compile():
-        say("compiling kernels, once per version and machine: about 20 s ...")
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, no_bos: bool) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from dsv4tools.checkpoint import open_checkpoint
-from dsv4tools.cli.output import EPILOG, announce_compilation, show
+from dsv4tools.cli.output import EPILOG, show
 from dsv4tools.convert import convert
 from dsv4tools.errors import UsageError, VerifyError
 from dsv4tools.plan import make_plan
@@ -51,7 +51,6 @@ def _run(directory: Path, seed: int, layers: int, experts: int) -> None:
     show(f"   {len(checkpoint.tensors)} tensors in {len(checkpoint.shards)} shards, {size}")
     plan = make_plan(checkpoint)
     show(f"2. converted with policy {plan.policy.name}: {plan.policy.description}")
-    announce_compilation([t.format.name for t in plan.tensors])
     done = convert(plan, out)
     show(f"   {out}: {len(plan.tensors)} tensors, {format_bytes(done.n_bytes)}")
     show("3. verified: structure, and every tensor derived again from the checkpoint")

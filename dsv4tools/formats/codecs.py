@@ -62,11 +62,6 @@ _LARGEST = 2**40   # of any size: products and sums of two stay far inside int64
 _N_FAULT_SLOTS = 4   # tiles.N_FAULT_SLOTS; importing it here would import numba
 
 
-def needs_compile(names: Iterable[str] = ENCODABLE) -> bool:
-    """Whether the kernels of these formats are not compiled yet on this machine: `prepare` will take seconds."""
-    return compiled.needs_compile(_modules(names))
-
-
 def prepare(names: Iterable[str] = ENCODABLE) -> None:
     """Compile or load the kernels of these formats and of the source formats, so that later calls start at once."""
     for module in _modules(names):

@@ -4,7 +4,8 @@ numba's own cache looks at the file of the outermost kernel only: a change in an
 code, and a damaged file raises from deep inside. Here every kernel module has one cache entry, a directory whose name
 is a hash over all sources of this package, numba's version and the processor. An entry is built aside, described by a
 manifest of checksums and moved into place; one that does not match its manifest is thrown away and built again. A
-cache that cannot be written is no error: the kernels are compiled for this process only, and the log says so.
+cache that cannot be written is no error: the kernels are compiled for this process only, and the log says so. It also
+says, once in a process, that kernels are being compiled: that takes seconds in which nothing else is seen.
 
 numba is imported when the first kernel is asked for, not before.
 """
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dsv4tools.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from types import ModuleType
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ _KEPT_KEYS = 6   # caches of other versions, lane widths or processors (shared h
 _BUILD_SECONDS = 3600   # no build takes longer
 
 _lock = threading.RLock()
+_announced = False                     # whether this process has said that it compiles
 _entry: Path | None = None             # where kernels that are being declared keep their machine code
 _declared: list[Any] = []              # the kernels declared by the import under way
 
@@ -116,11 +118,6 @@ def load(module: str) -> ModuleType:
 def is_loaded(module: str) -> bool:
     """Whether the kernels of `module` are ready in this process."""
     return f"{__package__}.{module}" in sys.modules
-
-
-def needs_compile(modules: Iterable[str]) -> bool:
-    """Whether `load` would have to compile one of `modules` (it takes seconds), rather than load it (it takes none)."""
-    return any(not is_loaded(module) and not _is_built(_entry_of(module)) for module in modules)
 
 
 def cache_root() -> Path:
@@ -206,6 +203,10 @@ def _check_place(entry: Path) -> None:
 
 
 def _compile(name: str, entry: Path) -> ModuleType:
+    global _announced  # noqa: PLW0603  - under the lock
+    if not _announced:
+        log.info("compiling kernels, once per version and machine: 10 to 30 s ...")
+        _announced = True
     started = time.perf_counter()
     try:
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -225,7 +226,7 @@ def _compile(name: str, entry: Path) -> ModuleType:
             log.warning("compiled kernels could not be kept in %s (%s)", entry, _one_line(error))
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    log.info("compiled %s in %.1f s", entry.name, time.perf_counter() - started)
+    log.debug("compiled %s in %.1f s", entry.name, time.perf_counter() - started)
     _prune(entry.parent)
     return module
 
@@ -240,14 +241,6 @@ def _files(entry: Path) -> dict[str, str]:
 
 def _write_manifest(entry: Path) -> None:
     (entry / _MANIFEST).write_text(json.dumps(_files(entry)), encoding="utf-8")
-
-
-def _is_built(entry: Path) -> bool:
-    """Whether an entry is there, in whatever state."""
-    try:
-        return (entry / _MANIFEST).exists()
-    except OSError:   # a directory that may not be looked into
-        return False
 
 
 def _is_intact(entry: Path) -> bool:

@@ -19,9 +19,9 @@ _KERNELS = {"Q8_0": "dot_q8_0", "Q4_K": "dot_q4_k"}
 MULTIPLIABLE = frozenset(_KERNELS)
 
 
-def needs_compile() -> bool:
-    """Whether the first product will take seconds, because its kernels are not compiled yet on this machine."""
-    return compiled.needs_compile(["dots"])
+def prepare() -> None:
+    """Compile or load the kernels of products, so that the first one starts at once."""
+    compiled.load("dots")
 
 
 def multiply_rows(

@@ -45,6 +45,7 @@ class StoredTensor(Protocol):
     shape: tuple[int, ...]
     n_rows: int
     n_cols: int
+    format_name: str   # "" for the formats of checkpoints
 
     def decode(self, first: int, n: int, buffers: Buffers) -> NDArray[np.float32]:
         """Rows `first` .. ``first + n - 1`` as float32 [n, n_cols], valid until the next call with these buffers."""
@@ -66,7 +67,7 @@ class GgufTensor:
     """A tensor of a GGUF."""
 
     def __init__(self, file: GgufFile, info: TensorInfo) -> None:
-        self._file, self._info = file, info
+        self._file, self._info, self.format_name = file, info, info.format.name
         self.shape = info.ne[::-1]
         self.n_rows, self.n_cols = prod(self.shape[:-1]), self.shape[-1]
         self._row_bytes = info.format.row_bytes(self.n_cols, info.name)
@@ -113,6 +114,8 @@ class GgufTensor:
 
 class CheckpointTensor:
     """A tensor as a GGUF has it, put together from the matrices of a checkpoint."""
+
+    format_name = ""
 
     def __init__(self, tensor: TemplateTensor) -> None:
         self._sources = tensor.sources

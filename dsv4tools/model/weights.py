@@ -14,7 +14,7 @@ import numpy as np
 
 from dsv4tools.errors import InputError
 from dsv4tools.files import usable_cpus
-from dsv4tools.formats.products import multiply_tile
+from dsv4tools.formats import codecs, products
 from dsv4tools.model.stored import Buffers
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ class Weights:
         self._vectors: dict[str, Floats] = {}
         self._local, self._all_buffers = threading.local(), list[Buffers]()
         self._pool = ThreadPoolExecutor(self._threads, "matmul")
+
+    def prepare(self) -> None:
+        """Compile or load the kernels of these weights, so that the first product starts at once."""
+        codecs.prepare({t.format_name for t in self._tensors.values()} - {"I32"})
+        products.prepare()
 
     def close(self) -> None:
         """Give threads and files back."""
@@ -149,7 +154,7 @@ class Weights:
             tile = t.decode(a, b - a, buffers)
             part = out[:, a - first : b - first]
             if x.dtype == np.float32:
-                multiply_tile(tile, x, part)
+                products.multiply_tile(tile, x, part)
             else:
                 np.matmul(x, tile.astype(self.dtype).T, out=part)
 
