@@ -6,7 +6,7 @@ Pure data, made from headers alone; `--dry-run` prints the object that the write
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -99,8 +99,8 @@ class Plan:
     checkpoint: Checkpoint
     policy: Policy
     template: Template
-    kvs: tuple[KV, ...]
-    tensors: tuple[PlannedTensor, ...]
+    kvs: tuple[KV, ...] = field(repr=False)
+    tensors: tuple[PlannedTensor, ...] = field(repr=False)
     nan: NanPolicy
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ class SourceTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    shard: Shard
+    shard: Shard = field(repr=False)
     begin: int
     n_bytes: int
     stored_columns: int | None = None
@@ -66,8 +66,8 @@ class Checkpoint:
 
     directory: Path
     config: Config
-    shards: Mapping[str, Shard]
-    tensors: Mapping[str, SourceTensor]
+    shards: Mapping[str, Shard] = field(repr=False)
+    tensors: Mapping[str, SourceTensor] = field(repr=False)
     stored_experts_per_token: int
     reference: str | None = None
 

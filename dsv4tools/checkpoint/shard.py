@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class Shard:
     header_sha256: str
     mtime_ns: int
     inode: int
-    tensors: dict[str, ShardTensor]
+    tensors: dict[str, ShardTensor] = field(repr=False)
     metadata: dict[str, str]
 
     @property

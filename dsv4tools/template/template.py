@@ -50,11 +50,11 @@ class Template:
         What was changed in a template file to fit, one sentence each.
     """
 
-    kvs: tuple[KV, ...]
-    tensors: tuple[TemplateTensor, ...]
+    kvs: tuple[KV, ...] = field(repr=False)
+    tensors: tuple[TemplateTensor, ...] = field(repr=False)
     alignment: int
     left_out: Mapping[str, int]
-    file_formats: Mapping[str, Format] = field(default_factory=dict)
+    file_formats: Mapping[str, Format] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
 

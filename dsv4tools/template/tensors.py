@@ -6,7 +6,7 @@ error that lists all of it, because each would be a silent fault in a file of 15
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ class TemplateTensor:
 
     name: str
     ne: tuple[int, ...]
-    sources: tuple[Matrix, ...]
+    sources: tuple[Matrix, ...] = field(repr=False)
     layer: int | None
 
     @property
