@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from process import ROOM_SECONDS, error_line, messages
+from process import error_line, messages
 
 from dsv4tools.checkpoint import open_checkpoint
 from dsv4tools.cli.main import main
@@ -29,46 +28,10 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-TEST_SECONDS = ROOM_SECONDS + 300
-"""What takes longer hangs."""
-
 SMALL = replace(TINY, layers=3, experts=4, lead_ratios=(0, 4, 128), hash_layers=1, draft_blocks=0)
 """One layer of each kind and no draft: what most tests need."""
 
 TINY_6E = replace(TINY, layers=5, experts=12, experts_per_token=6)
-
-
-@contextlib.contextmanager
-def in_time() -> Iterator[None]:
-    """A test that hangs fails here and says where, and all the others run."""
-    def expire(number, frame):
-        pytest.fail(f"hangs: took more than {TEST_SECONDS} s")
-
-    kept = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(TEST_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, kept)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item):
-    with in_time():
-        return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    with in_time():
-        return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item):
-    with in_time():
-        return (yield)
 
 
 def checksums(directory: Path) -> dict[str, str]:
