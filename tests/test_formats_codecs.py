@@ -68,7 +68,7 @@ def test_decoding_comes_close_to_what_was_encoded(name):
     x = np.random.default_rng(1).normal(size=(5, 1024)).astype(np.float32)
     bound = {   # of the largest value, about half a level's share of the range
         "F32": 0, "F16": 2**-10, "BF16": 2**-7, "Q8_0": 0.02, "Q6_K": 0.04, "Q5_K": 0.1, "Q5_0": 0.1, "Q5_1": 0.1,
-        "Q4_K": 0.25, "Q4_0": 0.2, "Q4_1": 0.2, "MXFP4": 0.25, "Q3_K": 0.35, "Q2_K": 0.6,
+        "Q4_K": 0.25, "Q4_0": 0.2, "IQ4_NL": 0.2, "IQ4_XS": 0.2, "Q4_1": 0.2, "MXFP4": 0.25, "Q3_K": 0.35, "Q2_K": 0.6,
     }.get(name, 1.0)  # fmt: skip
     assert np.abs(dequantize(quantize(x, name), name) - x).max() <= bound * np.abs(x).max()
 

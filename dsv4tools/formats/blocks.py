@@ -143,6 +143,14 @@ def pack_two_bits(word: Lanes, j: int, i: int, words: Ints, to: int) -> None:
 
 
 @helper
+def pack_nibbles(levels: Ints, words: Ints, to: int) -> None:
+    """The low four bits of 32 levels as four words: in bytes 0..15 levels 0..15 in the low nibbles, 16..31 above."""
+    for i in range(4):
+        low, high = word_of(levels, 4 * i * WIDTH), word_of(levels, 4 * (i + 4) * WIDTH)
+        store(words, (to + i) * WIDTH, (low & 0x0F0F0F0F) | (high & 0x0F0F0F0F) << 4)
+
+
+@helper
 def put_words(words: Ints, n: int, blocks: Bytes, to: int, n_bytes: int) -> None:
     """The first `n` words to byte `to` of every lane's block of `n_bytes`.
 

@@ -49,6 +49,8 @@ _CODECS: dict[str, _Codec] = {
     "Q5_K": _Codec("q5_k", uses_importance=True),
     "Q6_K": _Codec("q6_k", uses_importance=True),
     "MXFP4": _Codec("mxfp4"),
+    "IQ4_NL": _Codec("iq4", uses_importance=True),
+    "IQ4_XS": _Codec("iq4", uses_importance=True),
 }
 
 ENCODABLE = frozenset(name for name, codec in _CODECS.items() if codec.encoder)

@@ -17,9 +17,9 @@ from dsv4tools.formats.blocks import (
     fill_lanes,
     is_infinite,
     note_infinite,
+    pack_nibbles,
     put_words,
     weigh_by_importance,
-    word_of,
     write_blocks,
 )
 from dsv4tools.formats.compile import helper, kernel, routine
@@ -132,14 +132,6 @@ def _fit_with_min(x: Floats, q: Floats, mean: Lanes, weighted: bool, highest: in
 
 
 @helper
-def _pack(levels: Ints, words: Ints, to: int) -> None:
-    """Low bits as 16 bytes, in four words."""
-    for i in range(4):
-        low, high = word_of(levels, 4 * i * WIDTH), word_of(levels, (4 * i + _HALF) * WIDTH)
-        store(words, (to + i) * WIDTH, (low & 0x0F0F0F0F) | (high & 0x0F0F0F0F) << 4)
-
-
-@helper
 def _fifth_bits(levels: Ints) -> Lanes:
     """Bit i is the fifth bit of level i."""
     word = load(levels, 0) >> 4
@@ -166,7 +158,7 @@ def _encode_lanes(
     if bits == 5:
         store(words, head * WIDTH, _fifth_bits(levels))
         head += 1
-    _pack(levels, words, head)
+    pack_nibbles(levels, words, head)
     put_words(words, head + 4, blocks, 0 if has_min else 2, n_bytes)
     if not has_min:
         store(words, 0, d)

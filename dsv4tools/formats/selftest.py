@@ -46,6 +46,8 @@ ENCODED = {
     "Q5_K": "2f9b9888535ac0a1",
     "Q2_K": "2cd5cb3a53c0d2cd",
     "MXFP4": "09d7a3df3922b0fb",
+    "IQ4_NL": "e4a175dd6a89eb60",
+    "IQ4_XS": "1e2aa8a34d9e9879",
 }
 IMPORTANT = {   # the same values, column i weighing ramp(i)^2
     "Q4_K": "dfe2e225917eafcf",
@@ -57,6 +59,8 @@ IMPORTANT = {   # the same values, column i weighing ramp(i)^2
     "Q3_K": "8c4a66037c45b02e",
     "Q5_K": "73e383b49c72cf5d",
     "Q2_K": "7ffdb40ccacc8a4f",
+    "IQ4_NL": "3241fcd0d92cb79d",
+    "IQ4_XS": "85373a6984f2e910",
 }
 DECODED = {   # 32 blocks of bytes
     "F32": "a8f787a3511b311e",
@@ -73,6 +77,8 @@ DECODED = {   # 32 blocks of bytes
     "Q5_K": "5018aaeaf5376a2b",
     "Q2_K": "07eb41f19ace9683",
     "MXFP4": "0a1dce93c9160ae9",
+    "IQ4_NL": "a4722723d0fa8939",
+    "IQ4_XS": "167300800b45ca48",
 }
 SOURCES = {   # every code under the scales 2^-127, 1 and 2^100
     SourceKind.FP8: "fde677d4b4a7cea5",
