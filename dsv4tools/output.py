@@ -182,8 +182,10 @@ class OutputFile:
             return {}
         planned = {p for p, n in self._extents() if p in state.units and state.units[p].n_bytes == n}
         units = {p: u for p, u in state.units.items() if p in planned}
-        if n_bad := state.n_damaged + len(state.units) - len(units):
-            self._run.tell(f"{n_bad} damaged journal lines: their units are done again")
+        if state.n_damaged:
+            self._run.tell(f"{state.n_damaged} damaged journal lines: their units are done again")
+        if n_others := len(state.units) - len(units):
+            self._run.tell(f"{n_others} finished units are none of this version's: done again")
         changed = {name for name, seen in self.shards.items() if state.shards.get(name) != seen}
         if changed:
             self._run.tell(f"modification time or inode changed: {', '.join(sorted(changed))}; checking their units")

@@ -733,7 +733,7 @@ def write(self, *arguments):
     n += 1
     if n == 10:
         os.write(2, b"at work\\n")
-    while n >= 10 and os.path.exists(sys.argv[2] + ".wait"):
+    while n >= 10 and os.path.exists(sys.argv[3] + ".wait"):
         time.sleep(0.01)
     return real(self, *arguments)
 OutputFile.write = write
@@ -741,19 +741,29 @@ main()
 """
 
 
-def start_slow(source, out):
-    """A conversion that comes to its tenth unit and waits there while ``out.wait`` exists."""
-    wait = out.with_name(out.name + ".wait")
-    wait.touch()
-    command = [sys.executable, "-c", SLOW.replace("sys.argv[2]", "sys.argv[3]"), "convert", str(source), str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while process.stderr.readline() != "at work\n":
-        assert process.poll() is None
-    return process, wait
+@pytest.fixture
+def start_slow():
+    """Start a conversion that comes to its tenth unit and waits there while ``out.wait`` exists."""
+    started = []
+
+    def start(source, out):
+        wait = out.with_name(out.name + ".wait")
+        wait.touch()
+        command = [sys.executable, "-c", SLOW, "convert", str(source), str(out)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        while process.stderr.readline() != "at work\n":
+            assert process.poll() is None
+        return process, wait
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize(("number", "code", "case"), [(signal.SIGINT, 130, 33), (signal.SIGTERM, 143, 34)])
-def test_case_33_34_signals(number, code, case, source, pair, tmp_path):
+def test_case_33_34_signals(number, code, case, source, pair, tmp_path, start_slow):
     out = tmp_path / "out.gguf"
     process, wait = start_slow(source, out)
     process.send_signal(number)
@@ -765,11 +775,9 @@ def test_case_33_34_signals(number, code, case, source, pair, tmp_path):
     process, wait = start_slow(source, out)          # goes on, and is told twice
     process.send_signal(number)
     process.stderr.readline()
-    began = time.monotonic()
-    process.send_signal(number)
+    process.send_signal(number)                      # what it has in hand would take for ever
     process.communicate(timeout=ROOM_SECONDS)
     assert process.returncode == code
-    assert time.monotonic() - began < 2
     process, wait = start_slow(source, out)
     process.kill()                                   # OOM, `docker kill`, a power cut: test_power_loss.py
     process.communicate(timeout=ROOM_SECONDS)
@@ -833,7 +841,7 @@ def stop_after(source, out, n) -> None:
             dt.convert(plan_of(source), out, run=RunOptions(threads=1, progress=progress, stop=stop))
 
 
-def test_case_36_two_runs_and_stale_locks(source, pair, tmp_path, dsv4tools):
+def test_case_36_two_runs_and_stale_locks(source, pair, tmp_path, dsv4tools, start_slow):
     out = tmp_path / "out.gguf"
     lock = out.with_name("out.gguf.lock")
     process, wait = start_slow(source, out)
@@ -1003,15 +1011,16 @@ def test_case_42_few_handles_and_little_memory(make_checkpoint, tmp_path):
     source = make_checkpoint(shards=60)
     out, again = tmp_path / "out.gguf", tmp_path / "again.gguf"
     if sys.platform != "linux":      # no /proc, and address spaces are not limited: handles alone
-        subprocess.run([sys.executable, "-c", LIMITED, str(2**62), "convert", str(source), str(out)], check=True)
+        command = [sys.executable, "-c", LIMITED, str(2**62), "convert", str(source), str(out)]
+        subprocess.run(command, check=True, timeout=ROOM_SECONDS)
         return
     command = [sys.executable, "-c", PEAK, "convert", source, out, "--threads", "2"]
-    ended = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    ended = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=ROOM_SECONDS, check=True)
     peak, resident = map(int, ended.stderr.split()[-2:])
     plan = plan_of(source)
     assert resident < 400_000_000 + plan.memory_bytes(2)
     command = [sys.executable, "-c", LIMITED, peak * 11 // 10, "convert", source, again, "--threads", "2"]
-    ended = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    ended = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=ROOM_SECONDS, check=False)
     assert (ended.returncode, messages(ended.stderr)) == (0, []), ended
     assert again.read_bytes() == out.read_bytes()
 

@@ -19,7 +19,7 @@ import pytest
 from conftest import SMALL
 from hub_server import COMMIT, SIGNATURE, TOKEN, HubServer, is_lfs
 from nursery import Ended, Nursery
-from process import COMMAND
+from process import COMMAND, ROOM_SECONDS
 
 import dsv4tools as dt
 from dsv4tools.errors import Dsv4Error, InputError, ResourceError, UsageError, VerifyError
@@ -79,7 +79,7 @@ def hub(server, nursery, tmp_path):
         if fresh:   # for variables that the library reads when it is imported
             environment = server.environment(tmp_path / "home", **variables)
             old = subprocess.run([*COMMAND, *map(str, arguments)], env=environment, cwd=tmp_path, text=True,
-                                 capture_output=True, timeout=120, check=False)
+                                 capture_output=True, timeout=ROOM_SECONDS, check=False)
             ended = Ended(old.returncode, old.stdout, old.stderr)
         else:
             ended = nursery.run(*arguments, cwd=tmp_path, **variables)
@@ -274,7 +274,7 @@ def test_orphans_of_killed_runs_are_removed(hub, with_big, tmp_path):
 
 
 def wait_for(condition) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + ROOM_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

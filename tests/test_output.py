@@ -322,7 +322,7 @@ def test_units_of_another_length_are_done_again(small):
     stray = type(units[0])(17, 100, units[0].output, units[0].source)
     JournalWriter(small.journal, small.identity, small.states, state.inode, units=[*units, stray]).close()
     small.convert()
-    assert small.notes[0] == "2 damaged journal lines: their units are done again"
+    assert small.notes[0] == "2 finished units are none of this version's: done again"
     assert small.written == [2, 6, 7]
     assert whole(small)
 

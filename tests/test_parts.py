@@ -12,6 +12,7 @@ import threading
 import pytest
 import xxhash
 from conftest import SMALL, checksums
+from process import ROOM_SECONDS
 from tamper import write_tensor
 
 import dsv4tools as dt
@@ -197,7 +198,7 @@ def test_a_part_run_twice_is_left_as_it_is(plan, out):
 
 def test_two_machines_write_one_part_at_once(plan, whole, tmp_path, monkeypatch):
     """Each has working files of its own; the last one gives its bytes the name, which are those of the first."""
-    out, names, met = tmp_path / "out.gguf", threading.local(), threading.Barrier(2, timeout=60)
+    out, names, met = tmp_path / "out.gguf", threading.local(), threading.Barrier(2, timeout=ROOM_SECONDS)
     monkeypatch.setattr(socket, "gethostname", lambda: names.host)
     real = output_module.OutputFile.complete
 
