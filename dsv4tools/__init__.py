@@ -22,12 +22,13 @@ from dsv4tools.plan import Plan
 from dsv4tools.plan import make_plan as plan
 from dsv4tools.policy import Policy, list_policies, load_policy
 from dsv4tools.reroute import Rerouted, reroute, reroute_checkpoint, reroute_gguf
+from dsv4tools.sources import open_source
 from dsv4tools.sources import open_source as open_checkpoint
 from dsv4tools.verify import Report, verify
 
 __all__ = [
     "Checkpoint", "Comparison", "Conversion", "Difference", "Dsv4Error", "InputError", "Model", "Plan", "Policy",
     "Report", "Rerouted", "ResourceError", "Sampling", "UsageError", "VerifyError", "compare", "convert", "dequantize",
-    "diff", "generate", "list_policies", "load_policy", "open_checkpoint", "open_model", "plan", "quantize", "reroute",
-    "reroute_checkpoint", "reroute_gguf", "verify",
+    "diff", "generate", "list_policies", "load_policy", "open_checkpoint", "open_model", "open_source", "plan",
+    "quantize", "reroute", "reroute_checkpoint", "reroute_gguf", "verify",
 ]

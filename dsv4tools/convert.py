@@ -12,9 +12,10 @@ from dsv4tools.derive import UnitDeriver, source_checksum
 from dsv4tools.engines import check_plan
 from dsv4tools.errors import Dsv4Error, Interrupted, ResourceError, UsageError
 from dsv4tools.formats.codecs import prepare, self_test
-from dsv4tools.gguf.reader import scan_gguf
+from dsv4tools.gguf.reader import open_gguf, scan_gguf
 from dsv4tools.identity import plan_identity, shard_states
 from dsv4tools.journal import BYTES_PER_UNIT
+from dsv4tools.loss import Loss, measure_losses
 from dsv4tools.manifest import write_manifest
 from dsv4tools.options import RunOptions
 from dsv4tools.outfile import check_output, check_space
@@ -32,11 +33,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion did: the file, its size, and per tensor how many values were zeroed (``--nan zero``)."""
+    """What a conversion did.
+
+    Attributes
+    ----------
+    path, n_bytes:
+        The file and its size.
+    zeroed:
+        Per tensor how many values were zeroed (``--nan zero``).
+    losses:
+        Of a GGUF as source: what giving its tensors other types has cost, by family.
+    """
 
     path: Path
     n_bytes: int
     zeroed: dict[str, int] = field(default_factory=dict)
+    losses: tuple[Loss, ...] = ()
 
 
 def convert(
@@ -87,7 +99,7 @@ def convert(
     output = OutputFile(out, plan.total_bytes, plan_identity(plan), shard_states(plan),
                         extents=lambda: ((plan.position(u), u.n_bytes) for u in plan.units()),
                         recheck=make_recheck(plan), run=run)
-    prepare({t.format.name for t in plan.tensors} - {"I32"})
+    prepare(plan.kernels)
     self_test()
     with output:
         if not output.completed:
@@ -96,7 +108,9 @@ def convert(
         zeroed = count_zeroed(plan, output.finished)
         if manifest is not None:
             write_manifest(out, manifest, zeroed, stop=run.stop)
-    return Conversion(out, plan.total_bytes, zeroed)
+    with open_gguf(out) as file:
+        losses = measure_losses(plan, file, threads=n_threads, stop=run.stop)
+    return Conversion(out, plan.total_bytes, zeroed, tuple(losses))
 
 
 def check_conversion(

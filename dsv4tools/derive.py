@@ -10,6 +10,7 @@ import xxhash
 from dsv4tools.checkpoint.matrix import RowReader
 from dsv4tools.errors import InputError
 from dsv4tools.formats.codecs import encode_rows
+from dsv4tools.formats.scales import check_scales, not_finite
 from dsv4tools.formats.source import FaultKind, Faults
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class UnitDeriver:
         """
         if isinstance(rows, np.ndarray):
             return rows.reshape(-1).view(np.uint8), 0
+        if rows.blocks is not None and rows.blocks == unit.planned.format:
+            return self._copy(unit, rows)
         if len(self._out) < unit.n_bytes:
             self._out = np.zeros(unit.n_bytes, np.uint8)
         out = self._out[: unit.n_bytes]
@@ -79,6 +82,22 @@ class UnitDeriver:
         if faults.n_target or (faults.n_source and not self._zero_nan):
             raise _explain(unit, faults)
         return out, faults.n_source
+
+    def _copy(self, unit: Unit, rows: SourceRows) -> tuple[NDArray[np.uint8], int]:
+        """Blocks that have their type already, as they are; those with a scale that is not finite are faults."""
+        target, data = unit.planned.format, rows.data
+        bad = not_finite(data, target)
+        if not bad.any():
+            return data, 0
+        if not self._zero_nan:
+            _, what = check_scales(data, target).faults[0]
+            row, column = divmod(int(np.argmax(bad)) * target.block_values, unit.matrix.n_cols)
+            n = int(np.count_nonzero(bad))
+            more = f" (and {n - 1} more blocks in the same {unit.n_rows} rows)" if n > 1 else ""
+            raise InputError(unit.matrix.weight.where, f"the {target.name} block at row {unit.first_row + row} column "
+                             f"{column} is not finite: {what}{more}", hint=_SOURCE_HINT)
+        data.reshape(-1, target.block_bytes)[bad] = 0   # scales and all: every value of such a block is 0
+        return data, int(np.count_nonzero(bad)) * target.block_values
 
 
 def _explain(unit: Unit, faults: Faults) -> InputError:

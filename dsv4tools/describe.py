@@ -13,6 +13,7 @@ from dsv4tools.errors import Dsv4Error
 from dsv4tools.files import free_bytes
 from dsv4tools.journal import BYTES_PER_UNIT
 from dsv4tools.outfile import SPACE_MARGIN_BYTES
+from dsv4tools.requantize import list_changes
 from dsv4tools.template.metadata import size_label
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
         "left_out": dict(plan.template.left_out),
         "bytes_by_type": plan.bytes_by_format(),
         "n_tensors": len(plan.tensors),
+        "changes": [{"change": c.change, "from": c.stored.name, "to": c.target.name, "n_tensors": c.n_tensors,
+                     "n_bytes": c.n_bytes} for c in list_changes(plan.tensors)],
         "tensors": [
             {"name": t.name, "ne": list(t.tensor.ne), "type": t.format.name, "rule": t.rule, "offset": t.offset,
              "n_bytes": t.n_bytes, "source_bytes": t.tensor.source_bytes,
-             "sources": [m.weight.name for m in t.tensor.sources]}
+             "sources": list(dict.fromkeys(m.weight.name for m in t.tensor.sources))}
             for t in plan.tensors
         ],
     }

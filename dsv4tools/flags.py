@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dsv4tools.errors import InputError, UsageError
 from dsv4tools.formats.table import find_format
-from dsv4tools.policy import KEEP, Rule, check_glob, is_glob
+from dsv4tools.policy import KEEP_WORDS, Rule, check_glob, is_glob
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,7 +70,7 @@ def _tensor_rule(entry: str) -> Rule:
 
 
 def _rule(globs: tuple[str, ...], type_name: str, flag: str, excluded: tuple[str, ...], *, optional: bool) -> Rule:
-    if type_name.lower() in (KEEP, "copy"):
+    if type_name.lower() in (*KEEP_WORDS, "copy"):
         return Rule(globs, None, optional=optional, label=flag, excluded=excluded)
     try:
         chosen = find_format(type_name)

@@ -109,7 +109,7 @@ def convert_part(
                         extents=lambda: ((positions[plan.position(u)], u.n_bytes) for u in units),
                         working_name=working_name)
     check_space(path, n_bytes + BYTES_PER_UNIT * len(units), output.partial)
-    prepare({t.format.name for t in plan.tensors} - {"I32"})
+    prepare(plan.kernels)
     self_test()
     with output:
         if not output.completed:

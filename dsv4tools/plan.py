@@ -15,7 +15,8 @@ from dsv4tools.errors import UsageError
 from dsv4tools.flags import rules_from_flags
 from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
 from dsv4tools.gguf.values import KV
-from dsv4tools.policy import Policy, decide_formats, load_policy
+from dsv4tools.policy import KEEP, Policy, decide_formats, load_policy
+from dsv4tools.requantize import change_of, check_changes
 from dsv4tools.template import Template, TemplateTensor, apply_template_file, derive_template
 from dsv4tools.workers import EXTRA_THREADS
 
@@ -31,8 +32,11 @@ NanPolicy = Literal["refuse", "zero"]
 QUANTIZATION_VERSION = 2          # GGML_QNT_VERSION: the block layouts of the K types
 MAX_UNIT_VALUES = 1 << 22         # 4 Mi values: at most 16 MB read and 16 MB written, about 50 ms of Q4_K
 NAN_KEY = "dsv4tools.nan"
+QUANTIZED_BY = "general.quantized_by"
 POLICY_KEY = "dsv4tools.policy"
 POLICY_HASH_KEY = "dsv4tools.policy_sha256"
+REQUANTIZED_KEY = "dsv4tools.requantized"   # the types that tensors had before they were rounded a second time
+_IMATRIX = "quantize.imatrix."
 TEMPLATE_KEY = "dsv4tools.template"   # in header-only files, so that a truncated model is never taken for one
 
 
@@ -50,6 +54,12 @@ class PlannedTensor:
     def name(self) -> str:
         """GGUF name."""
         return self.tensor.name
+
+    @property
+    def kernels(self) -> set[str]:
+        """The formats whose kernels it needs: its own, and that of a source GGUF where that is another one."""
+        stored = self.tensor.stored_format
+        return {self.format.name, stored.name if stored else self.format.name} - {"I32", "I64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +135,11 @@ class Plan:
         return len(self.header) + self.data_bytes
 
     @property
+    def kernels(self) -> set[str]:
+        """The formats whose kernels it needs."""
+        return {name for t in self.tensors for name in t.kernels}
+
+    @property
     def source_bytes(self) -> int:
         """Bytes that will be read, scales included."""
         return sum(t.tensor.source_bytes for t in self.tensors)
@@ -165,24 +180,29 @@ class Plan:
 def make_plan(
     checkpoint: Checkpoint, *, policy: str | Path | Policy = "q4k", template_file: Path | None = None,
     families: Mapping[str, str | None] | None = None, tensor_types: Sequence[str] = (), nan: NanPolicy = "refuse",
+    allow_requantize: bool = False,
 ) -> Plan:
-    """Plan the conversion of `checkpoint` (or of a re-routed view of it).
+    """Plan the conversion of `checkpoint` (or of a re-routed view of it, or of a GGUF: `open_source`).
 
     Parameters
     ----------
     policy:
-        A shipped policy's name, a policy file, or ``template`` to keep a template file's types.
+        A shipped policy's name, a policy file, or ``template`` (or ``keep``) to keep the types of a template file, or
+        else of a source GGUF.
     template_file:
         A GGUF, header-only or whole, that gives tensor order, metadata and tokenizer.
     families, tensor_types:
         The C quantizer's flags, asked before the policy (`flags.rules_from_flags`).
     nan:
         ``refuse`` values that are not finite, or ``zero`` them.
+    allow_requantize:
+        Give tensors of a source GGUF that were rounded already another type, which rounds them again.
 
     Raises
     ------
     UsageError, InputError
-        As the parts do: `load_policy`, `rules_from_flags`, `derive_template`, `apply_template_file`, `decide_formats`.
+        As the parts do: `load_policy`, `rules_from_flags`, `derive_template`, `apply_template_file`, `decide_formats`,
+        `check_changes`.
     """
     if nan not in ("refuse", "zero"):
         raise UsageError("--nan", f"is {nan!r}, expected refuse or zero")
@@ -198,6 +218,7 @@ def make_plan(
         PlannedTensor(t, decisions[t.name].format, decisions[t.name].rule, offset, n_bytes)
         for t, offset, n_bytes in zip(template.tensors, offsets, sizes, strict=True)
     )
+    check_changes(tensors, allow_requantize=allow_requantize)
     return Plan(checkpoint, chosen, template, _complete_entries(template, chosen, tensors, nan), tensors, nan)
 
 
@@ -207,14 +228,30 @@ def _complete_entries(
     entries = [
         KV("general.file_type", "u32", _file_type(policy, tensors)),
         KV("general.quantization_version", "u32", QUANTIZATION_VERSION),
-        KV("general.quantized_by", "str", f"dsv4tools {__version__}"),
+        KV(QUANTIZED_BY, "str", f"dsv4tools {__version__}"),
         KV(POLICY_KEY, "str", policy.name),
         KV(POLICY_HASH_KEY, "str", policy.sha256),
     ]
-    if nan == "zero":
+    if policy.name == KEEP and template.history and all(change_of(t) == "copied" for t in tensors):
+        # Nothing was decided here: who made the file, and by which policy, stays as it is.
+        entries = [template.history.get(kv.key, kv) for kv in entries[:2]]
+        entries += [kv for key, kv in template.history.items() if key in {QUANTIZED_BY, POLICY_KEY, POLICY_HASH_KEY}]
+    if nan == "zero" or NAN_KEY in template.history:
         entries.append(KV(NAN_KEY, "str", "zero"))
+    entries += _history(template, tensors)
     at = next((i for i, kv in enumerate(template.kvs) if not kv.key.startswith("general.")), len(template.kvs))
     return (*template.kvs[:at], *entries, *template.kvs[at:])
+
+
+def _history(template: Template, tensors: Sequence[PlannedTensor]) -> list[KV]:
+    """What was done to the tensors of a source GGUF before, where it still holds."""
+    before = template.history.get(REQUANTIZED_KEY)
+    types = set(before.value) if before is not None and before.item_type == "str" else set()
+    types |= {t.tensor.stored_format.name for t in tensors if t.tensor.stored_format and change_of(t) == "requantized"}
+    entries = [KV(REQUANTIZED_KEY, "arr", sorted(types), "str")] if types else []
+    if any(change_of(t) == "copied" and t.format.block_values > 1 for t in tensors):
+        entries += [kv for key, kv in template.history.items() if key.startswith(_IMATRIX)]
+    return entries
 
 
 def _file_type(policy: Policy, tensors: Sequence[PlannedTensor]) -> int:

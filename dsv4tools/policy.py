@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from dsv4tools.template import TemplateTensor
 
-KEEP = "template"   # the policy, and the type, that keep what the template file has
+KEEP = "template"   # the policy, and the type, that keep what the template file has, or the source if it is a GGUF
+KEEP_WORDS = frozenset({KEEP, "keep"})
 _MAX_POLICY_BYTES = 1_000_000
 _MAX_GLOB_LENGTH = 200
 _MAX_GLOBS = 10_000          # five times the tensors of the largest model
@@ -47,7 +48,7 @@ class Rule:
     tensors:
         Globs (``*``, ``?``, ``[...]``) on the whole GGUF name, or literal names.
     format:
-        The type it gives; None keeps the template file's.
+        The type it gives; None keeps that of the template file or of the source GGUF.
     layers:
         Layers that it is limited to, or None.
     optional:
@@ -118,7 +119,7 @@ def list_policies() -> list[Policy]:
 
 
 def load_policy(name: str | Path) -> Policy:
-    """A shipped policy by name, a policy file by path, or ``template``.
+    """A shipped policy by name, a policy file by path, or ``template`` (also called ``keep``).
 
     Raises
     ------
@@ -127,8 +128,8 @@ def load_policy(name: str | Path) -> Policy:
     InputError
         The file is no valid policy; the message names the line (syntax) or the rule.
     """
-    if str(name) == KEEP:
-        return Policy(KEEP, "the types of the template file", (Rule(("*",), None, label="template file's type"),))
+    if str(name) in KEEP_WORDS:
+        return Policy(KEEP, "the types of the template file or of the source", (Rule(("*",), None, label="type kept"),))
     shipped = {path.stem: path for path in sorted(data_directory("policies").glob("*.toml"))}
     if str(name) in shipped:
         return read_policy(shipped[str(name)])
@@ -203,7 +204,7 @@ def _read_rule(raw: dict[str, Any], number: int, path: Path) -> Rule:
 
 
 def _read_type(name: str, where: str) -> Format | None:
-    if name.lower() == KEEP:
+    if name.lower() in KEEP_WORDS:
         return None
     try:
         return find_format(name)
@@ -282,8 +283,8 @@ def _choose(policy: Policy, rule: Rule, tensor: TemplateTensor, file_formats: Ma
     where = f"{_place(policy, rule)}: tensor {tensor.name!r}"
     chosen = rule.format or file_formats.get(tensor.name)
     if chosen is None:
-        raise InputError(where, "is to keep the template file's type", hint="give a template file")
-    if chosen.name not in ENCODABLE:
+        raise InputError(where, "is to keep its type and has none yet", hint="give a template file, or a GGUF as SRC")
+    if chosen.name not in ENCODABLE and chosen != tensor.stored_format:
         raise InputError(where, f"type {chosen.name} cannot be written, can be are {', '.join(sorted(ENCODABLE))}")
     try:
         chosen.row_bytes(tensor.ne[0], where)

@@ -1,19 +1,20 @@
-"""A checkpoint, wherever it is: a directory, or a repository of the Hub that is read where it lies."""
+"""What a conversion reads, wherever it is: a checkpoint directory, a repository of the Hub, or a GGUF."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from dsv4tools.checkpoint import Checkpoint, open_checkpoint
+from dsv4tools.errors import InputError
 from dsv4tools.hub.reference import HubReference, is_reference, parse_reference
 from dsv4tools.hub.remote import open_remote
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from dsv4tools.plan import TEMPLATE_KEY
+from dsv4tools.template.gguf_source import GgufSource, open_gguf_source
 
 
 def open_source(source: str | Path | HubReference | Checkpoint, *, cache: Path | None = None) -> Checkpoint:
-    """Open a checkpoint directory or ``hf://owner/name[@revision]``; no weights are read.
+    """Open a checkpoint directory, ``hf://owner/name[@revision]``, or a GGUF (any part of a split set); no weights are
+    read.
 
     Parameters
     ----------
@@ -25,7 +26,7 @@ def open_source(source: str | Path | HubReference | Checkpoint, *, cache: Path |
     Raises
     ------
     UsageError, InputError, ResourceError, VerifyError
-        As `open_checkpoint` and `hub.open_remote`.
+        As `open_checkpoint`, `hub.open_remote` and `open_gguf_source`; InputError for a template, which has no weights.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -33,4 +34,11 @@ def open_source(source: str | Path | HubReference | Checkpoint, *, cache: Path |
         return open_remote(source, cache)
     if is_reference(source):
         return open_remote(parse_reference(str(source)), cache)
-    return open_checkpoint(source)
+    return _open_gguf(Path(source)) if Path(source).is_file() else open_checkpoint(source)
+
+
+def _open_gguf(path: Path) -> GgufSource:
+    source = open_gguf_source(path)
+    if source.file.value(TEMPLATE_KEY) is True:
+        raise InputError(path, "is a template: it holds no weights", hint="give the model itself")
+    return source

@@ -98,6 +98,22 @@ class Weights:
         rows, cols = self.config["quantization_config"]["weight_block_size"]
         return E4M3[codes] * np.repeat(np.repeat(scales, rows, 0), cols, 1)[: shape[0], : shape[1]]
 
+    def _origin(self, name: str) -> str:
+        """The checkpoint's tensor that a GGUF tensor is made of, or its first expert's."""
+        if name in MODEL:
+            return MODEL[name]
+        _, layer, rest = name.split(".", 2)
+        part = f"ffn.experts.0.{EXPERTS[rest]}.weight" if rest in EXPERTS else LAYER[rest]
+        return f"layers.{layer}.{part}"
+
+    def dtype(self, name: str) -> str:
+        """How the checkpoint stores what a GGUF tensor is made of."""
+        return self.raw[self._origin(name)][0]
+
+    def shape(self, name: str) -> list[int]:
+        """The stored shape of what a GGUF tensor is made of."""
+        return list(self.raw[self._origin(name)][1])
+
     def gguf(self, name: str) -> np.ndarray:
         """The values of a GGUF tensor, rows first."""
         if name in MODEL:

@@ -20,7 +20,7 @@ from dsv4tools.gguf.reader import open_gguf
 from dsv4tools.gguf.splits import split_kvs, split_name
 from dsv4tools.gguf.values import KV
 from dsv4tools.model import open_model
-from dsv4tools.model.gguf_config import read_gguf_config
+from dsv4tools.template.gguf_config import read_gguf_config
 
 TOKENS = np.random.default_rng(0).integers(0, 512, 9)
 

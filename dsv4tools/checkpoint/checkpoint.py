@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dsv4tools.checkpoint.shard import Shard
+    from dsv4tools.formats.table import Format
 
 # The hash layers' routing tables: expert ids by token id.
 ROUTING_TABLE = re.compile(r"layers\.\d+\.ffn\.gate\.tid2eid")
@@ -29,7 +30,8 @@ class SourceTensor:
     """One tensor of a checkpoint.
 
     `shape` is the shape that the checkpoint shows; `stored_columns` is set where a view shows only the first columns
-    of a wider matrix on disk.
+    of a wider matrix on disk. In a GGUF `format` is the tensor's ggml type (and `dtype` its name), and `expert` the one
+    whose slice of a stacked tensor this is.
     """
 
     name: str
@@ -39,21 +41,26 @@ class SourceTensor:
     begin: int
     n_bytes: int
     stored_columns: int | None = None
+    format: Format | None = None
+    expert: int | None = None
 
     @property
     def where(self) -> str:
         """What messages call it."""
-        return f"{self.shard.path.name}: tensor {self.name!r}"
+        expert = "" if self.expert is None else f" expert {self.expert}"
+        return f"{self.shard.path.name}: tensor {self.name!r}{expert}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint, or a re-routed view of one (the same class: nothing else need know the difference).
 
+    A GGUF that is a source is one too: `template.gguf_source.GgufSource` shows it under a checkpoint's names.
+
     Attributes
     ----------
     directory:
-        Where it lies.
+        Where it lies; of a GGUF the file.
     config:
         The structural values of config.json.
     shards, tensors:

@@ -2,7 +2,8 @@
 
 The dtype decides how a matrix is stored; the name never does. Layouts: packed FP4 is I8 [rows, columns / 2] with
 E8M0 scales [rows, columns / 32]; F8_E4M3 [rows, columns] has scales [ceil(rows / b0), ceil(columns / b1)] with the
-block size of config.json; everything else is plain.
+block size of config.json; everything else is plain. A GGUF's matrices are rows of plain numbers, or of blocks of their
+ggml type, which hold their own scales.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from dsv4tools.errors import InputError
 from dsv4tools.formats.source import SOURCE_BITS, SourceKind, SourceRows
+from dsv4tools.formats.unpack import decoded_kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dsv4tools.checkpoint.checkpoint import SourceTensor
+    from dsv4tools.formats.table import Format
 
 FP4_SCALE_COLUMNS = 32
 _FP4 = ("I8", "U8", "F4")
@@ -35,6 +38,8 @@ class Matrix:
     """A matrix of `n_rows` x `n_cols` values (a vector has one row).
 
     `kind` is None for integers (the routing tables). `block` is the size (rows, columns) that one scale covers.
+    `stored_format` is the ggml type that the bytes have already where they lie in a GGUF; `kind` is then what its
+    blocks are decoded to.
     """
 
     weight: SourceTensor
@@ -43,6 +48,20 @@ class Matrix:
     n_rows: int
     n_cols: int
     block: tuple[int, int] = (1, 1)
+    stored_format: Format | None = None
+
+    @property
+    def blocks(self) -> Format | None:
+        """The ggml type whose blocks its rows are; None for plain numbers, and in a checkpoint."""
+        held = self.stored_format
+        return None if held is None or held.name in _PLAIN or held.name in _INTEGERS else held
+
+    @property
+    def row_bytes(self) -> int:
+        """Stored bytes of one row of values, without scales."""
+        if self.blocks is not None:
+            return self.blocks.row_bytes(self.n_cols, self.weight.where)
+        return self.n_cols * SOURCE_BITS[self.kind] // 8 if self.kind is not None else 0
 
     @property
     def shard_names(self) -> set[str]:
@@ -68,12 +87,14 @@ def bind_matrix(
     """
     weight = tensors[name]
     n_rows, n_cols = prod(shape[:-1]), shape[-1]
+    if weight.format is not None and weight.dtype not in _INTEGERS and weight.dtype not in _PLAIN:
+        return Matrix(weight, None, decoded_kind(weight.format), n_rows, n_cols, stored_format=weight.format)
     if weight.dtype in _INTEGERS:
         _expect(weight, shape)
-        return Matrix(weight, None, None, n_rows, n_cols)
+        return Matrix(weight, None, None, n_rows, n_cols, stored_format=weight.format)
     if weight.dtype in _PLAIN:
         _expect(weight, shape)
-        return Matrix(weight, None, _PLAIN[weight.dtype], n_rows, n_cols)
+        return Matrix(weight, None, _PLAIN[weight.dtype], n_rows, n_cols, stored_format=weight.format)
     if weight.dtype in SCALED_DTYPES and len(shape) != 2:
         raise InputError(weight.where, f"is a vector of {weight.dtype}, expected BF16, F16 or F32")
     if weight.dtype == "F8_E4M3":
@@ -133,13 +154,13 @@ class RowReader:
         """
         if matrix.kind is None:
             raise InputError(matrix.weight.where, f"has integers ({matrix.weight.dtype}) where weights are expected")
-        row_bytes = matrix.n_cols * SOURCE_BITS[matrix.kind] // 8
+        row_bytes = matrix.row_bytes
         self._data = _grown(self._data, n_rows * row_bytes)
         data = self._data[: n_rows * row_bytes]
         weight = matrix.weight
         weight.shard.read_into(weight.begin + first_row * row_bytes, data.data)
         if matrix.scale is None:
-            return SourceRows(matrix.kind, data, n_rows, matrix.n_cols)
+            return SourceRows(matrix.kind, data, n_rows, matrix.n_cols, blocks=matrix.blocks)
         block_rows, block_cols = matrix.block
         n_scale_cols = matrix.scale.shape[1]
         first, last = first_row // block_rows, (first_row + n_rows - 1) // block_rows
@@ -166,7 +187,7 @@ class RowReader:
             row, column = (int(n) for n in bad[0])
             raise InputError(weight.where, f"row {first_row + row} column {column} routes to expert "
                              f"{ids[row, column]}, expected 0 to {limit - 1}")
-        return np.asarray(ids, np.int32)
+        return np.ascontiguousarray(ids, np.int32)
 
 
 def _grown(buffer: NDArray[np.uint8], n_bytes: int) -> NDArray[np.uint8]:

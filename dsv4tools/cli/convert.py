@@ -32,6 +32,7 @@ from dsv4tools.files import usable_cpus
 from dsv4tools.options import RunOptions
 from dsv4tools.outfile import check_not_input
 from dsv4tools.parts import convert_part, parse_part
+from dsv4tools.requantize import list_changes
 from dsv4tools.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ if TYPE_CHECKING:
 def convert(source: Path | HubReference, out: Path | None, threads: int | None, overwrite: bool, manifest: Path | None,
             restart: bool, steal_lock: bool, part: str | None, dry_run: bool, as_json: bool, engines: tuple[str, ...],
             **options: Any) -> None:
-    """Write a GGUF from the checkpoint SRC.
+    """Write a GGUF from SRC: a checkpoint directory, or a GGUF whose types or dialect are to change.
+
+    Of a GGUF tensors that have their type already are copied, others decoded and encoded; values that were rounded
+    before are not rounded again without --allow-requantize.
 
     Without OUT.gguf the name follows the GGUF naming convention, in the current directory. The bytes do not depend on
     the number of threads. The output carries its name only when it is complete and checked; an interrupted conversion
@@ -75,6 +79,7 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --manifest flash.sha256
       dsv4tools convert DeepSeek-V4-Flash flash-4e.gguf --experts-per-token 4
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --tensor-type blk.0=bf16 --engine llama.cpp
+      dsv4tools convert from-llama.cpp.gguf for-ds4.gguf --policy mxfp4 --engine ds4
     """
     chosen = None if part is None else parse_part(part)
     if chosen is not None and manifest is not None:
@@ -110,6 +115,7 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
     if as_json:
         summary = {k: v for k, v in report.items() if k not in {"tensors", "free_bytes", "estimated_seconds"}}
         show_json(summary | {"seconds": round(seconds, 3), "zeroed": done.zeroed,
+                             "losses": [loss.as_data() for loss in done.losses],
                              "manifest": str(manifest) if manifest else None})
     else:
         _show_done(plan, done, seconds, source, manifest)
@@ -122,6 +128,12 @@ def _show_done(
     show(f"wrote {out}: {len(plan.tensors)} tensors, {format_bytes(done.n_bytes)} in {format_seconds(seconds)}")
     for name, n in done.zeroed.items():
         show(f"{n} values that are not finite were converted to 0 in {name}")
+    if done.losses:
+        show("values that got another type, measured on a sample against the source:")
+        show_table([("tensors", "", "from", "to", "relative RMSE", "largest error"),
+                    *((each.n_tensors, each.family, each.stored.name, each.target.name,
+                       f"{each.errors.relative_rmse:.3g}", f"{each.errors.largest_error:.3g}")
+                      for each in done.losses)], right="rlllrr")
     if manifest:
         show(f"wrote {manifest}")
     show(f"next: {shell_words('dsv4tools', 'verify', out, '--source', source)}")
@@ -154,6 +166,9 @@ def _show_plan(plan: Plan, report: dict[str, object], verdicts: Sequence[Verdict
     for name, n_bytes in plan.bytes_by_format().items():
         show(f"  {name:<12} {format_bytes(n_bytes)}")
     show(f"tensors        {len(plan.tensors)}")
+    for c in list_changes(plan.tensors):
+        how = f"{c.stored.name} as it is" if c.change == "copied" else f"{c.stored.name} to {c.target.name}"
+        show(f"  {c.change:<12} {c.n_tensors} tensors, {how}, {format_bytes(c.n_bytes)}")
     show(f"tensor data    {plan.data_bytes} bytes, {format_bytes(plan.data_bytes)}")
     show(f"output         {report['out']}, {plan.total_bytes} bytes, {format_bytes(plan.total_bytes)}")
     show(f"source         {plan.source_bytes} bytes to read, {format_bytes(plan.source_bytes)}; not hash-verified")

@@ -24,13 +24,15 @@ def plan_options(command: _Command) -> _Command:
     """Add the options of `plan_from_options` to a command."""
     options = [
         click.option("--policy", default="q4k", show_default=True, metavar="NAME|FILE",
-                     help="Types by rule: a shipped policy, a TOML file, or 'template'."),
+                     help="Types by rule: a shipped policy, a TOML file, or 'template' (or 'keep')."),
         click.option("--experts-per-token", type=click.IntRange(1), metavar="N",
                      help="Re-route to N experts per token."),
         click.option("--template", "template_file", type=click.Path(path_type=Path), metavar="FILE",
                      help="A GGUF that gives tensor order, metadata and tokenizer."),
         click.option("--nan", type=click.Choice(["refuse", "zero"]), default="refuse", show_default=True,
                      help="What to do with values that are not finite."),
+        click.option("--allow-requantize", is_flag=True,
+                     help="Of a GGUF as source: also round again what was rounded already."),
         click.option("--tensor-type", "tensor_types", multiple=True, metavar="NAME=TYPE",
                      help="Type of the tensors NAME (a glob, a name or its dotted beginning); repeatable."),
         *(click.option(f"--{family}", metavar="TYPE", help=f"Type of {_family_help(family)}.") for family in FAMILIES),
@@ -52,7 +54,7 @@ def _family_help(family: str) -> str:
 
 def plan_from_options(
     source: Path | HubReference, *, policy: str, experts_per_token: int | None, template_file: Path | None, nan: str,
-    tensor_types: tuple[str, ...], **families: str | None,
+    tensor_types: tuple[str, ...], allow_requantize: bool, **families: str | None,
 ) -> Plan:
     """The plan that the options ask for."""
     checkpoint = open_argument(source)
@@ -60,4 +62,4 @@ def plan_from_options(
         checkpoint = reroute(checkpoint, experts_per_token)
     flags = {name.replace("_", "-"): value for name, value in families.items()}
     return make_plan(checkpoint, policy=policy, template_file=template_file, families=flags, tensor_types=tensor_types,
-                     nan="zero" if nan == "zero" else "refuse")
+                     nan="zero" if nan == "zero" else "refuse", allow_requantize=allow_requantize)

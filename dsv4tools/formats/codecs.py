@@ -16,6 +16,7 @@ from dsv4tools.formats import compile as compiled
 from dsv4tools.formats import selftest
 from dsv4tools.formats.source import SOURCE_BITS, FaultKind, Faults, SourceKind, SourceRows
 from dsv4tools.formats.table import FORMATS, Format, find_format
+from dsv4tools.formats.unpack import unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -130,6 +131,8 @@ def encode_rows(
     InputError:
         An array does not have the size or type that goes with the others, or a value of `importance` is not allowed.
     """
+    if source.blocks is not None:
+        return _encode_blocks(source, target, out, importance, zero_nan=zero_nan)
     encode = _kernel(target, "encoder")
     shape = _check_source(source)
     expected = source.n_rows * target.row_bytes(source.n_cols)
@@ -146,11 +149,33 @@ def encode_rows(
     return faults
 
 
+def _encode_blocks(
+    source: SourceRows, target: Format, out: NDArray[np.uint8], importance: NDArray[np.float32] | None, *,
+    zero_nan: bool,
+) -> Faults:
+    """`encode_rows` for rows in blocks of a ggml type: a few rows are decoded, then encoded."""
+    _check_blocks(source)
+    row_bytes = target.row_bytes(source.n_cols)
+    faults = Faults()
+    for first, rows in unpacked(source, decode_rows):
+        part = out[first * row_bytes : (first + rows.n_rows) * row_bytes]
+        faults = faults.then(encode_rows(rows, target, part, importance=importance, zero_nan=zero_nan), first)
+    if faults.n_target or (faults.n_source and not zero_nan):
+        out[:] = 0
+    return faults
+
+
 def decode_source(source: SourceRows, out: NDArray[np.float32]) -> Faults:
     """Decode a run of rows to float32 [n_rows, n_cols], with the C tool's values.
 
     Faulty values are what IEEE 754 makes of them: NaN or an infinity. Raises InputError as `encode_rows` does.
     """
+    if source.blocks is not None:
+        _check_blocks(source)
+        faults = Faults()
+        for first, rows in unpacked(source, decode_rows):
+            faults = faults.then(decode_source(rows, out[first : first + rows.n_rows]), first)
+        return faults
     shape = _check_source(source)
     _check_floats(out, (source.n_rows, source.n_cols))
     if not out.size:
@@ -314,6 +339,14 @@ def _check_source(source: SourceRows) -> tuple[int, int, int, int, int]:
             expected = f"uint8 [{needed[0]} or more, {needed[1]}] for {_shape_of(source)}"
             raise InputError("source.scales", f"found {found}, expected {expected}")
     return sizes
+
+
+def _check_blocks(source: SourceRows) -> None:
+    """InputError unless the data are the blocks that rows of this shape have."""
+    stored = source.blocks
+    expected = source.n_rows * stored.row_bytes(source.n_cols) if stored else 0
+    if source.data.dtype != np.uint8 or source.data.shape != (expected,) or not source.data.flags.c_contiguous:
+        raise InputError("source.data", f"found {_describe(source.data)}, expected contiguous uint8 [{expected}]")
 
 
 def _scales(source: SourceRows) -> NDArray[np.uint8]:

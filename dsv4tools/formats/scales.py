@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from dsv4tools.formats.table import Format
 
+_NAN_E8M0 = 255
+_INFINITY = {"f16": 0x7C00, "f32": 0x7F800000}
+_MAGNITUDE = {"f16": 0x7FFF, "f32": 0x7FFFFFFF}   # all bits but the sign
+_SMALLEST = {"f16": 0x0400, "f32": 0x00800000}    # normal number
 _N_NAMED = 8   # blocks that are named; the rest is counted
 
 
@@ -92,20 +96,16 @@ def check_scales(data: NDArray[np.uint8], target: Format, first_block: int = 0) 
     blocks = data.reshape(-1, target.block_bytes)
     counts = ScaleCounts(len(blocks))
     zero: NDArray[np.bool_] | None = None
-    bad = np.zeros(len(blocks), np.bool_)
+    bad = not_finite(data, target)
     for number, each in enumerate(SCALE_FIELDS.get(target.name, ())):
         stored = np.ascontiguousarray(blocks[:, each.offset : each.offset + each.n_bytes])
-        if each.kind == "e8m0":   # 255 is NaN; there is no zero
-            bad |= stored[:, 0] == 255
+        if each.kind == "e8m0":   # there is no zero
             continue
-        bits = stored.view(f"<u{each.n_bytes}")[:, 0]
-        infinity, smallest = (0x7C00, 0x0400) if each.kind == "f16" else (0x7F800000, 0x00800000)
-        magnitude = bits & (0x7FFF if each.kind == "f16" else 0x7FFFFFFF)
-        bad |= magnitude >= infinity
+        magnitude = _magnitude(stored, each)
         is_zero = magnitude == 0
         zero = is_zero if zero is None else zero & is_zero
         if number == 0:
-            counts.n_subnormal = int(np.count_nonzero((magnitude < smallest) & ~is_zero))
+            counts.n_subnormal = int(np.count_nonzero((magnitude < _SMALLEST[each.kind]) & ~is_zero))
     counts.n_zero = int(np.count_nonzero(zero)) if zero is not None else 0
     counts.n_not_finite = int(np.count_nonzero(bad))
     if counts.n_not_finite:
@@ -113,12 +113,30 @@ def check_scales(data: NDArray[np.uint8], target: Format, first_block: int = 0) 
     return counts
 
 
+def not_finite(data: NDArray[np.uint8], target: Format) -> NDArray[np.bool_]:
+    """Which of these whole blocks have a scale that is NaN or infinite, bool [n]; none of a type without scales."""
+    blocks = data.reshape(-1, target.block_bytes)
+    bad = np.zeros(len(blocks), np.bool_)
+    for each in SCALE_FIELDS.get(target.name, ()):
+        stored = np.ascontiguousarray(blocks[:, each.offset : each.offset + each.n_bytes])
+        if each.kind == "e8m0":
+            bad |= stored[:, 0] == _NAN_E8M0
+        else:
+            bad |= _magnitude(stored, each) >= _INFINITY[each.kind]
+    return bad
+
+
+def _magnitude(stored: NDArray[np.uint8], each: ScaleField) -> NDArray[np.unsignedinteger]:
+    bits: NDArray[np.unsignedinteger] = stored.view(f"<u{each.n_bytes}")[:, 0]
+    return np.bitwise_and(bits, bits.dtype.type(_MAGNITUDE[each.kind]))
+
+
 def _describe(block: NDArray[np.uint8], target: Format) -> str:
     wrong = []
     for each in SCALE_FIELDS[target.name]:
         raw = block[each.offset : each.offset + each.n_bytes].tobytes()
         if each.kind == "e8m0":
-            value = np.nan if raw[0] == 255 else 1.0
+            value = np.nan if raw[0] == _NAN_E8M0 else 1.0
         else:
             value = float(np.frombuffer(raw, "<f2" if each.kind == "f16" else "<f4")[0])
         if not np.isfinite(value):

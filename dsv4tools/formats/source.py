@@ -1,4 +1,4 @@
-"""What an encoder reads: a run of rows as its bytes lie in the checkpoint, and what it found wrong with them.
+"""What an encoder reads: a run of rows as its bytes lie in the source, and what it found wrong with them.
 
 Plain data, no numba: planners and tests build these without compiling anything.
 """
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from dsv4tools.formats.table import Format
 
 
 class SourceKind(IntEnum):
@@ -46,6 +48,9 @@ class SourceRows:
         Size of the block that one scale byte covers: (128, 128) for FP8 as published, (1, 32) for FP4.
     first_row:
         Rows between the start of ``scales[0]``'s block and the run's first row.
+    blocks:
+        The ggml type whose blocks `data` holds, for rows of a GGUF that are not plain numbers; `kind` then says what
+        they are decoded to: FP4 from MXFP4, which keeps its codes and scales, F32 from any other.
     """
 
     kind: SourceKind
@@ -56,6 +61,7 @@ class SourceRows:
     scale_rows: int = 1
     scale_cols: int = 1
     first_row: int = 0
+    blocks: Format | None = None
 
 
 class FaultKind(IntEnum):
@@ -81,3 +87,11 @@ class Faults:
     n_source: int = 0
     n_target: int = 0
     first: tuple[FaultKind, int, int] | None = None
+
+    def then(self, other: Faults, first_row: int) -> Faults:
+        """These and those of the rows that follow, from row `first_row` on."""
+        first = self.first
+        if first is None and other.first is not None:
+            kind, row, column = other.first
+            first = kind, row + first_row, column
+        return Faults(self.n_source + other.n_source, self.n_target + other.n_target, first)

@@ -11,12 +11,12 @@ from dsv4tools.checkpoint import Checkpoint, open_checkpoint
 from dsv4tools.errors import InputError, UsageError
 from dsv4tools.formats.codecs import DECODABLE
 from dsv4tools.gguf.splits import SplitFile, open_whole
-from dsv4tools.model.gguf_config import read_gguf_config
 from dsv4tools.model.model import Model
 from dsv4tools.model.stored import CheckpointTensor, GgufTensor
 from dsv4tools.model.weights import Weights
 from dsv4tools.plan import TEMPLATE_KEY
 from dsv4tools.reroute import reroute
+from dsv4tools.template.gguf_config import read_gguf_config
 from dsv4tools.template.tables import load_tables
 from dsv4tools.template.tensors import derive_tensors, expand_rows
 

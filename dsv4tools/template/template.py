@@ -1,4 +1,4 @@
-"""A template: everything a GGUF says before its weights, derived from a checkpoint, or taken from a file."""
+"""A template: everything a GGUF says before its weights, derived from a checkpoint, or taken from a file or source."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from dsv4tools.checkpoint.strict_json import MAX_LISTED, listed
 from dsv4tools.errors import InputError
-from dsv4tools.gguf.reader import open_gguf
+from dsv4tools.gguf.splits import open_whole
+from dsv4tools.template.gguf_source import GgufSource
 from dsv4tools.template.metadata import general_entries, model_entries, tokenizer_entries
 from dsv4tools.template.symbols import model_sizes
 from dsv4tools.template.tables import load_tables
@@ -28,6 +29,7 @@ _TOKENS = "tokenizer.ggml.tokens"
 # Entries that a conversion decides anew; a template file's own are dropped.
 _RENEWED = ("general.file_type", "general.quantization_version", "general.quantized_by", "quantize.imatrix.", "split.",
             "dsv4tools.")
+_HISTORY = tuple(key for key in _RENEWED if key != "split.")
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,11 @@ class Template:
     left_out:
         Pattern of source tensors left out on purpose -> how many there are.
     file_formats:
-        The types in the template file by tensor name; empty where none was given.
+        The types in the template file, or in the GGUF that is the source, by tensor name; empty where there is neither.
     notes:
-        What was changed in a template file to fit, one sentence each.
+        What was changed in a template file or a source to fit, one sentence each.
+    history:
+        Entries of a source GGUF about how its tensors were encoded, by key; a plan says what still holds.
     """
 
     kvs: tuple[KV, ...] = field(repr=False)
@@ -56,22 +60,47 @@ class Template:
     left_out: Mapping[str, int]
     file_formats: Mapping[str, Format] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    history: Mapping[str, KV] = field(default_factory=dict)
 
 
 def derive_template(checkpoint: Checkpoint) -> Template:
-    """The template of a checkpoint, by templates/deepseek4.toml; errors of `derive_tensors` and `read_vocabulary`."""
+    """The template of a checkpoint, by templates/deepseek4.toml; errors of `derive_tensors` and `read_vocabulary`.
+
+    That of a source GGUF is its own, with the architecture's keys as a checkpoint would give them.
+    """
     tables = load_tables()
     tensors, left_out = derive_tensors(checkpoint, tables)
-    kvs = [
-        *general_entries(checkpoint, tables, tensors),
-        *model_entries(checkpoint.config, tables, model_sizes(checkpoint.config)),
-        *tokenizer_entries(checkpoint.vocabulary),
-    ]
+    entries = model_entries(checkpoint.config, tables, model_sizes(checkpoint.config))
+    if isinstance(checkpoint, GgufSource):
+        return _take_over(checkpoint.file, tensors, {kv.key: kv for kv in entries}, left_out)
+    kvs = [*general_entries(checkpoint, tables, tensors), *entries, *tokenizer_entries(checkpoint.vocabulary)]
     return Template(tuple(kvs), tensors, tables.alignment, left_out)
 
 
+def _take_over(
+    file: GgufFile, tensors: tuple[TemplateTensor, ...], model: Mapping[str, KV], left_out: Mapping[str, int]
+) -> Template:
+    """The template of a GGUF that is the source: its order and entries, but `model` keys as given."""
+    by_name = {t.name: t for t in tensors}
+    kvs, notes = [], []
+    for key, held in file.kvs.items():
+        if key.startswith(_RENEWED):
+            continue
+        own = model.get(key, held)
+        kvs.append(own)
+        if (held.type, held.item_type) != (own.type, own.item_type):
+            notes.append(f"{key} written as {own.item_type or own.type}, the source has {held.item_type or held.type}")
+    at = max((i for i, kv in enumerate(kvs, 1) if kv.key in model), default=len(kvs))
+    missing = [own for key, own in model.items() if key not in file.kvs]
+    kvs[at:at] = missing
+    notes += [f"{kv.key} added, the source lacks it" for kv in missing]
+    history = {key: kv for key, kv in file.kvs.items() if key.startswith(_HISTORY)}
+    return Template(tuple(kvs), tuple(by_name[name] for name in file.tensors), file.alignment, left_out,
+                    {name: t.format for name, t in file.tensors.items()}, tuple(notes), history)
+
+
 def apply_template_file(derived: Template, path: Path) -> Template:
-    """`derived`, with tensor order, metadata and tokenizer of the GGUF `path` (header-only or whole).
+    """`derived`, with tensor order, metadata and tokenizer of the GGUF `path` (header-only, whole, or a part of a set).
 
     What the checkpoint implies must not be contradicted: every model value and every shape in the file is compared.
     Model keys are written with the checkpoint's types whatever type the file has them in, and keys that the file
@@ -82,7 +111,7 @@ def apply_template_file(derived: Template, path: Path) -> Template:
     InputError
         The file is no GGUF, its tensors or shapes are not the checkpoint's, or a value contradicts it.
     """
-    with open_gguf(path, template=True) as file:
+    with open_whole(path, template=True) as file:
         return apply_template(derived, file)
 
 
@@ -121,6 +150,8 @@ def _check_identity(ours: Mapping[str, KV], file: GgufFile) -> bool:
                          f"is {_shown(file.value('general.architecture'))}, the checkpoint is {architecture!r}")
     if _TOKENS not in file.kvs:
         return False
+    if _TOKENS not in ours:   # a source GGUF without a tokenizer
+        return True
     where = f"{file.path}: key {_TOKENS!r}"
     if file.kvs[_TOKENS].item_type != "str":
         raise InputError(where, "is no list of strings")

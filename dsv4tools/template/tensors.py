@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dsv4tools.checkpoint import Checkpoint, Config
+    from dsv4tools.formats.table import Format
     from dsv4tools.template.tables import ModelTables, TensorRow
 
 
@@ -47,6 +48,11 @@ class TemplateTensor:
     def holds_integers(self) -> bool:
         """Whether it is a routing table (I32), not weights."""
         return self.sources[0].kind is None
+
+    @property
+    def stored_format(self) -> Format | None:
+        """The ggml type that its sources have already, in a GGUF; None where they are a checkpoint's."""
+        return self.sources[0].stored_format
 
     @property
     def is_matrix(self) -> bool:

@@ -16,7 +16,9 @@ from dsv4tools.checkpoint.config import read_config
 from dsv4tools.checkpoint.strict_json import read_json_object, shown
 from dsv4tools.checkpoint.vocabulary import TokenType, Vocabulary, read_vocabulary
 from dsv4tools.errors import InputError
-from dsv4tools.gguf.reader import GgufFile, open_gguf
+from dsv4tools.gguf.reader import GgufFile
+from dsv4tools.gguf.splits import open_whole
+from dsv4tools.template.gguf_source import GgufSource
 from dsv4tools.template.metadata import PRE_TOKENIZER
 from dsv4tools.tokenizer.encoder import PRE_TOKENIZERS, check_pre_tokenizer, make_tokenizer
 
@@ -51,6 +53,8 @@ def load_tokenizer(source: str | os.PathLike[str] | Checkpoint | GgufFile) -> To
     ResourceError
         A file cannot be read, or the `tokenizers` library is not installed.
     """
+    if isinstance(source, GgufSource):
+        return _from_gguf(source.file)
     if isinstance(source, Checkpoint):
         return _from_directory(source.directory, source.vocabulary)
     if isinstance(source, GgufFile):
@@ -58,7 +62,7 @@ def load_tokenizer(source: str | os.PathLike[str] | Checkpoint | GgufFile) -> To
     path = Path(source)
     if path.is_dir():
         return _from_directory(path, read_vocabulary(path, read_config(path / "config.json").vocab_size))
-    with open_gguf(path, template=True) as file:
+    with open_whole(path, template=True) as file:
         return _from_gguf(file)
 
 

@@ -37,7 +37,7 @@ def verify(
     threads: int | None = None, progress: Callable[[int], None] | None = None,
     announce: Callable[[int], None] | None = None,
 ) -> Report:
-    """Check the structure of a GGUF, and with `source` that every tensor is what the checkpoint gives.
+    """Check the structure of a GGUF, and with `source` that every tensor is what its source gives.
 
     A fault of the file is a finding of the report, never an exception.
 
@@ -46,7 +46,7 @@ def verify(
     path:
         The file, or any part of a split set: the set is checked.
     source:
-        The checkpoint (directory, ``hf://owner/name``, or opened) that the file was made from.
+        What the file was made from: a checkpoint (directory or ``hf://owner/name``) or a GGUF, or either opened.
     tensors:
         Globs: compare and look deep into only these.
     engines:

@@ -53,7 +53,7 @@ def plan_comparison(
 ) -> tuple[list[PlannedTensor], list[Finding]]:
     """What to derive for each of `names`, and what metadata, tensor set and types say that the source does not.
 
-    InputError where the checkpoint itself is wrong; contradictions between file and checkpoint are findings.
+    InputError where the source is wrong or cannot be decoded; contradictions between file and source are findings.
     """
     derived = derive_template(checkpoint)
     try:
@@ -70,6 +70,11 @@ def plan_comparison(
         if expected not in {None, info.format.name}:
             what = f"has type {info.format.name}, expected {expected}"
             findings.append(Finding("error", "source-type", tensor.name, what, None))
+        elif info.format == tensor.stored_format:
+            planned.append(PlannedTensor(tensor, info.format, "", info.offset, info.n_bytes))
+        elif tensor.stored_format is not None and tensor.stored_format.name not in DECODABLE | {"I32", "I64"}:
+            raise InputError(tensor.sources[0].weight.where, f"is {tensor.stored_format.name}, which cannot be decoded "
+                             f"to be compared with {info.format.name}", hint="--tensor leaves tensors out")
         elif info.format.name not in ENCODABLE | DECODABLE | {"I32"}:
             what = f"has type {info.format.name}, which cannot be derived again for comparison"
             findings.append(Finding("error", "source-type", tensor.name, what, None))

@@ -116,7 +116,7 @@ class TensorTally:
 
 def prepare_kernels(planned: Iterable[PlannedTensor]) -> None:
     """Compile or load what comparing needs, and test it; Dsv4Error names a kernel that computes wrongly."""
-    prepare({t.format.name for t in planned} - {"I32"})
+    prepare(name for t in planned for name in t.kernels)
     measure.prepare()
     self_test()
 
@@ -149,7 +149,7 @@ class UnitComparer:
         target = unit.planned.format
         tally = MatrixTally(n_bytes=unit.n_bytes)
         own: Bytes | None = None
-        if target.name in ENCODABLE | {"I32"}:
+        if target.name in ENCODABLE | {"I32"} or target == unit.matrix.blocks:
             own, _ = self._deriver.encode(unit, rows)
             _compare_bytes(unit, found, own, tally)
         if not isinstance(rows, np.ndarray) and target.name in DECODABLE:
