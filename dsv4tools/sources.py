@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dsv4tools.checkpoint import Checkpoint, open_checkpoint
@@ -13,8 +14,7 @@ from dsv4tools.template.gguf_source import GgufSource, open_gguf_source
 
 
 def open_source(source: str | Path | HubReference | Checkpoint, *, cache: Path | None = None) -> Checkpoint:
-    """Open a checkpoint directory, ``hf://owner/name[@revision]``, or a GGUF (any part of a split set); no weights are
-    read.
+    """Open a checkpoint directory, ``hf://owner/name[@revision]``, or a GGUF (of a split set any part); reads no weights.
 
     Parameters
     ----------
@@ -34,7 +34,8 @@ def open_source(source: str | Path | HubReference | Checkpoint, *, cache: Path |
         return open_remote(source, cache)
     if is_reference(source):
         return open_remote(parse_reference(str(source)), cache)
-    return _open_gguf(Path(source)) if Path(source).is_file() else open_checkpoint(source)
+    is_file = os.path.isfile(source)  # noqa: PTH113  - the one in pathlib raises for names that are too long
+    return _open_gguf(Path(source)) if is_file else open_checkpoint(source)
 
 
 def _open_gguf(path: Path) -> GgufSource:
