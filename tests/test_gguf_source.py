@@ -150,7 +150,8 @@ def test_engines_take_what_becomes_of_llama_cpps_full_size_file(seen, tmp_path):
         for engine in engines:
             verdict = judge(find_profile(engine), header_of_plan(plan))
             assert verdict.ok, verdict.summary
-        assert plan.notes == (f"{KEY} added, the source lacks it",)
+        assert plan.notes == tuple(f"{key} added, the source lacks it"
+                                   for key in (KEY, "deepseek4.swiglu_clamp_shexp"))
 
 
 def test_and_back_from_ds4_to_llama_cpp(made, tmp_path):
