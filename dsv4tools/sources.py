@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dsv4tools.checkpoint import Checkpoint, open_checkpoint
 from dsv4tools.errors import InputError
+from dsv4tools.gguf.regular import open_regular, read_bytes
+from dsv4tools.gguf.rules import MAGIC
 from dsv4tools.hub.reference import HubReference, is_reference, parse_reference
 from dsv4tools.hub.remote import open_remote
 from dsv4tools.plan import TEMPLATE_KEY
@@ -14,7 +16,7 @@ from dsv4tools.template.gguf_source import GgufSource, open_gguf_source
 
 
 def open_source(source: str | Path | HubReference | Checkpoint, *, cache: Path | None = None) -> Checkpoint:
-    """Open a checkpoint directory, ``hf://owner/name[@revision]``, or a GGUF (of a split set any part); reads no weights.
+    """Open a checkpoint directory, ``hf://owner/name[@revision]``, or a GGUF (any part of a set); reads no weights.
 
     Parameters
     ----------
@@ -39,6 +41,13 @@ def open_source(source: str | Path | HubReference | Checkpoint, *, cache: Path |
 
 
 def _open_gguf(path: Path) -> GgufSource:
+    fd, n_bytes = open_regular(path)
+    try:
+        is_gguf = read_bytes(fd, 0, min(n_bytes, len(MAGIC)), path) == MAGIC
+    finally:
+        os.close(fd)
+    if not is_gguf:
+        raise InputError(path, "is no directory, and no GGUF file either", hint="give the checkpoint's directory")
     source = open_gguf_source(path)
     if source.file.value(TEMPLATE_KEY) is True:
         raise InputError(path, "is a template: it holds no weights", hint="give the model itself")
