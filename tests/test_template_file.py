@@ -178,7 +178,7 @@ def test_policy_template_keeps_the_types_of_the_file(checkpoint, own):
     plain = {t.name: t for t in make_plan(checkpoint).tensors}
     assert found["output.weight"].format.name == "F16"
     assert found["blk.0.ffn_up_exps.weight"].format.name == "Q8_0"
-    assert found["output.weight"].rule == "template file's type"
+    assert found["output.weight"].rule == "type kept"
     assert {n: t.format for n, t in found.items() if n not in ("output.weight", "blk.0.ffn_up_exps.weight")} == {
         n: t.format for n, t in plain.items() if n not in ("output.weight", "blk.0.ffn_up_exps.weight")}
 
