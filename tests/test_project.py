@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,53 @@ def test_every_row_of_the_template_tables_is_of_use(tiny_6e):
     keys = {kv.key for kv in derived.kvs}
     assert {f"deepseek4.{row.key}" for row in tables.metadata if not row.optional} <= keys
     assert all(count for count in derived.left_out.values())
+
+
+# ------------------------------------------------------------------------------------------------------- documentation
+
+
+ROOT = Path(__file__).parents[1]
+PROMISES = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+
+
+def named_tests(name: str) -> set[str]:
+    """The tests that stand in a module of this suite."""
+    return {node.name for node in parsed(ROOT / "tests" / name).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_behind_each_promise_stands_a_test():
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", PROMISES, re.MULTILINE)
+    promises = {promise: tests for promise, tests in rows if promise not in {"promise", "---"}}
+    assert len(promises) > 30
+    for promise, tests in promises.items():
+        assert re.fullmatch(r"`test_\w+\.py::test_\w+`(, `test_\w+\.py::test_\w+`)*", tests), promise
+
+
+def test_every_test_that_the_documentation_names_is_there():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PROMISES)
+    missing = [f"{module}::{name}" for module, name in named if name not in named_tests(module)]
+    assert not missing
+    everywhere = {name for path in (ROOT / "tests").glob("test_*.py") for name in named_tests(path.name)}
+    for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "SECURITY.md"]:
+        names = set(re.findall(r"\btest_\w+\b(?!\.py)", path.read_text("utf-8")))
+        assert names <= everywhere, path
+
+
+def test_all_46_cases_stand_in_the_documentation():
+    table = PROMISES.partition("## The 46 cases")[2]
+    numbers = set()
+    for cell in re.findall(r"^\| ([0-9, -]+) \|", table, re.MULTILINE):
+        for span in cell.split(", "):
+            first, _, last = span.partition("-")
+            numbers |= set(range(int(first), int(last or first) + 1))
+    assert numbers == set(range(1, 47))
+
+
+LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("path", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "SECURITY.md"],
+                         ids=lambda p: p.name)
+def test_links_between_documents_lead_somewhere(path):
+    missing = [link for link in LINK.findall(path.read_text("utf-8")) if not (path.parent / link).exists()]
+    assert not missing
