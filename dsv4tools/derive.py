@@ -14,11 +14,15 @@ from dsv4tools.formats.scales import check_scales, not_finite
 from dsv4tools.formats.source import FaultKind, Faults
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from dsv4tools.formats.source import SourceRows
+    from dsv4tools.imatrix import Importance
     from dsv4tools.plan import Unit
 
+MAX_VECTORS = 64   # kept by a deriver: more than a unit needs in any model that there is
 _SOURCE_HINT = "begin anew with --nan zero --restart to convert such values to 0"
 _FAULTS = {
     FaultKind.NAN_SCALE: ("is under a NaN scale byte (255)", _SOURCE_HINT),
@@ -56,11 +60,15 @@ class UnitDeriver:
         self._reader = RowReader()
         self._out = np.zeros(0, np.uint8)
         self._n_experts, self._zero_nan = n_experts, zero_nan
+        self._vectors: dict[int, NDArray[np.float32] | None] = {}
+        self._vectors_of: Importance | None = None
 
     def read(self, unit: Unit) -> SourceRows | NDArray[np.int32]:
         """The unit's source rows as stored; valid until the next read. Waits for the disk, not for the processor."""
         if unit.matrix.kind is None:
             return self._reader.read_ids(unit.matrix, unit.first_row, unit.n_rows, self._n_experts)
+        for _ in self._runs(unit):   # the weights of its columns too
+            pass
         return self._reader.read_rows(unit.matrix, unit.first_row, unit.n_rows)
 
     def encode(self, unit: Unit, rows: SourceRows | NDArray[np.int32]) -> tuple[NDArray[np.uint8], int]:
@@ -78,7 +86,12 @@ class UnitDeriver:
         if len(self._out) < unit.n_bytes:
             self._out = np.zeros(unit.n_bytes, np.uint8)
         out = self._out[: unit.n_bytes]
-        faults = encode_rows(rows, unit.planned.format, out, zero_nan=self._zero_nan)
+        faults, row_bytes = Faults(), unit.n_bytes // unit.n_rows
+        for first, n, weights in self._runs(unit):
+            found = encode_rows(rows if n == unit.n_rows else rows.cut(first, n), unit.planned.format,
+                                out[first * row_bytes : (first + n) * row_bytes], importance=weights,
+                                zero_nan=self._zero_nan)
+            faults = faults.then(found, first)
         if faults.n_target or (faults.n_source and not self._zero_nan):
             raise _explain(unit, faults)
         return out, faults.n_source
@@ -98,6 +111,27 @@ class UnitDeriver:
                              f"{column} is not finite: {what}{more}", hint=_SOURCE_HINT)
         data.reshape(-1, target.block_bytes)[bad] = 0   # scales and all: every value of such a block is 0
         return data, int(np.count_nonzero(bad)) * target.block_values
+
+    def _runs(self, unit: Unit) -> Iterator[tuple[int, int, NDArray[np.float32] | None]]:
+        """The unit's rows by the vector that weighs their columns: first row, how many, and the vector."""
+        importance = unit.planned.importance
+        if importance is None:
+            yield 0, unit.n_rows, None
+            return
+        start, done = unit.first_tensor_row, 0
+        while done < unit.n_rows:
+            number, before = divmod(start + done, importance.rows_each)
+            n = min(unit.n_rows - done, importance.rows_each - before)
+            yield done, n, self._vector(importance, number)
+            done += n
+
+    def _vector(self, importance: Importance, number: int) -> NDArray[np.float32] | None:
+        """Vector `number`; those of the last unit are kept."""
+        if self._vectors_of is not importance or len(self._vectors) > MAX_VECTORS:
+            self._vectors_of, self._vectors = importance, {}
+        if number not in self._vectors:
+            self._vectors[number] = importance.read(number)
+        return self._vectors[number]
 
 
 def _explain(unit: Unit, faults: Faults) -> InputError:

@@ -57,6 +57,8 @@ def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
         "policy": {"name": plan.policy.name, "description": plan.policy.description, "sha256": plan.policy.sha256},
         "experts_per_token": plan.checkpoint.config.num_experts_per_tok,
         "nan": plan.nan,
+        "imatrix": plan.imatrix.as_data() if plan.imatrix else None,
+        "imatrix_coverage": plan.coverage.as_data() if plan.coverage else None,
         "notes": list(plan.notes),
         "left_out": dict(plan.template.left_out),
         "bytes_by_type": plan.bytes_by_format(),

@@ -32,6 +32,7 @@ def plan_identity(plan: Plan) -> dict[str, Any]:
         "kernels": kernel_version(),
         "policy": f"{plan.policy.name} ({plan.policy.sha256[:16]})",
         "nan": plan.nan,
+        "importance matrix": "none" if plan.imatrix is None else f"sha256 {plan.imatrix.sha256[:16]}",
         "experts per token": plan.checkpoint.config.num_experts_per_tok,
         "output bytes": plan.total_bytes,
         "template": hashlib.sha256(plan.header).hexdigest()[:16],

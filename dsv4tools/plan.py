@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Literal
 from dsv4tools import __version__
 from dsv4tools.errors import UsageError
 from dsv4tools.flags import rules_from_flags
+from dsv4tools.formats.codecs import USES_IMPORTANCE
 from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
 from dsv4tools.gguf.values import KV
+from dsv4tools.imatrix import HASH_KEY, ImatrixFile, assign_importance, open_imatrix, provenance
 from dsv4tools.policy import KEEP, Policy, decide_formats, load_policy
 from dsv4tools.requantize import change_of, check_changes
 from dsv4tools.template import Template, TemplateTensor, apply_template_file, derive_template
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from dsv4tools.checkpoint import Checkpoint
     from dsv4tools.checkpoint.matrix import Matrix
     from dsv4tools.formats.table import Format
+    from dsv4tools.imatrix import Coverage, Importance
 
 NanPolicy = Literal["refuse", "zero"]
 QUANTIZATION_VERSION = 2          # GGML_QNT_VERSION: the block layouts of the K types
@@ -42,13 +45,17 @@ TEMPLATE_KEY = "dsv4tools.template"   # in header-only files, so that a truncate
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor of the output. `offset` counts from the start of the data section."""
+    """One tensor of the output. `offset` counts from the start of the data section.
+
+    `importance` weighs its columns, where there is an importance matrix and its type uses one.
+    """
 
     tensor: TemplateTensor
     format: Format
     rule: str
     offset: int
     n_bytes: int
+    importance: Importance | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +82,11 @@ class Unit:
     n_rows: int
     start: int
     n_bytes: int
+
+    @property
+    def first_tensor_row(self) -> int:
+        """Its first row, counted over all rows of its tensor."""
+        return self.start // max(1, self.n_bytes // self.n_rows)
 
 
 def tensor_units(planned: PlannedTensor) -> Iterator[Unit]:
@@ -104,6 +116,10 @@ class Plan:
         In file order.
     nan:
         What happens to values that are not finite.
+    imatrix:
+        The importance matrix that weighs columns; None without one, or where no type uses it.
+    coverage:
+        What it, or one that is of no use, has for the tensors.
     """
 
     checkpoint: Checkpoint
@@ -112,6 +128,8 @@ class Plan:
     kvs: tuple[KV, ...] = field(repr=False)
     tensors: tuple[PlannedTensor, ...] = field(repr=False)
     nan: NanPolicy
+    imatrix: ImatrixFile | None = None
+    coverage: Coverage | None = None
 
     @cached_property
     def header(self) -> bytes:
@@ -180,7 +198,7 @@ class Plan:
 def make_plan(
     checkpoint: Checkpoint, *, policy: str | Path | Policy = "q4k", template_file: Path | None = None,
     families: Mapping[str, str | None] | None = None, tensor_types: Sequence[str] = (), nan: NanPolicy = "refuse",
-    allow_requantize: bool = False,
+    allow_requantize: bool = False, imatrix: str | Path | ImatrixFile | None = None, imatrix_strict: bool = False,
 ) -> Plan:
     """Plan the conversion of `checkpoint` (or of a re-routed view of it, or of a GGUF: `open_source`).
 
@@ -197,13 +215,19 @@ def make_plan(
         ``refuse`` values that are not finite, or ``zero`` them.
     allow_requantize:
         Give tensors of a source GGUF that were rounded already another type, which rounds them again.
+    imatrix:
+        An importance matrix of the model, a file or opened: the types of `USES_IMPORTANCE` weigh columns with it.
+    imatrix_strict:
+        Refuse an importance matrix that does not have all that is asked for.
 
     Raises
     ------
     UsageError, InputError
         As the parts do: `load_policy`, `rules_from_flags`, `derive_template`, `apply_template_file`, `decide_formats`,
-        `check_changes`.
+        `open_imatrix`, `assign_importance`, `check_changes`.
     """
+    if imatrix_strict and imatrix is None:
+        raise UsageError("--imatrix-strict", "needs --imatrix")
     if nan not in ("refuse", "zero"):
         raise UsageError("--nan", f"is {nan!r}, expected refuse or zero")
     flags = rules_from_flags(families or {}, tensor_types)
@@ -214,16 +238,30 @@ def make_plan(
     decisions = decide_formats(chosen, template.tensors, template.file_formats)
     sizes = [decisions[t.name].format.n_bytes(t.ne, t.name) for t in template.tensors]
     offsets, _ = lay_out(sizes, template.alignment)
+    weights: Mapping[str, Importance] = {}
+    coverage = None
+    if imatrix is not None:
+        imatrix = imatrix if isinstance(imatrix, ImatrixFile) else open_imatrix(imatrix)
+        users = [t for t in template.tensors if uses_importance(t, decisions[t.name].format)]
+        weights, coverage = assign_importance(imatrix, template.tensors, users, checkpoint.config.o_groups,
+                                              strict=imatrix_strict)
+    used = imatrix if weights else None
     tensors = tuple(
-        PlannedTensor(t, decisions[t.name].format, decisions[t.name].rule, offset, n_bytes)
+        PlannedTensor(t, decisions[t.name].format, decisions[t.name].rule, offset, n_bytes, weights.get(t.name))
         for t, offset, n_bytes in zip(template.tensors, offsets, sizes, strict=True)
     )
     check_changes(tensors, allow_requantize=allow_requantize)
-    return Plan(checkpoint, chosen, template, _complete_entries(template, chosen, tensors, nan), tensors, nan)
+    kvs = _complete_entries(template, chosen, tensors, nan, used)
+    return Plan(checkpoint, chosen, template, kvs, tensors, nan, used, coverage)
+
+
+def uses_importance(tensor: TemplateTensor, target: Format) -> bool:
+    """Whether an importance matrix changes the bytes of `tensor` in this type: not of blocks that are copied."""
+    return target.name in USES_IMPORTANCE and tensor.stored_format != target
 
 
 def _complete_entries(
-    template: Template, policy: Policy, tensors: Sequence[PlannedTensor], nan: NanPolicy
+    template: Template, policy: Policy, tensors: Sequence[PlannedTensor], nan: NanPolicy, imatrix: ImatrixFile | None
 ) -> tuple[KV, ...]:
     entries = [
         KV("general.file_type", "u32", _file_type(policy, tensors)),
@@ -238,19 +276,21 @@ def _complete_entries(
         entries += [kv for key, kv in template.history.items() if key in {QUANTIZED_BY, POLICY_KEY, POLICY_HASH_KEY}]
     if nan == "zero" or NAN_KEY in template.history:
         entries.append(KV(NAN_KEY, "str", "zero"))
-    entries += _history(template, tensors)
+    entries += _history(template, tensors, imatrix)
     at = next((i for i, kv in enumerate(template.kvs) if not kv.key.startswith("general.")), len(template.kvs))
     return (*template.kvs[:at], *entries, *template.kvs[at:])
 
 
-def _history(template: Template, tensors: Sequence[PlannedTensor]) -> list[KV]:
-    """What was done to the tensors of a source GGUF before, where it still holds."""
+def _history(template: Template, tensors: Sequence[PlannedTensor], imatrix: ImatrixFile | None) -> list[KV]:
+    """What was done to the tensors of a source GGUF before, where it still holds; and which `imatrix` was used now."""
     before = template.history.get(REQUANTIZED_KEY)
     types = set(before.value) if before is not None and before.item_type == "str" else set()
     types |= {t.tensor.stored_format.name for t in tensors if t.tensor.stored_format and change_of(t) == "requantized"}
     entries = [KV(REQUANTIZED_KEY, "arr", sorted(types), "str")] if types else []
-    if any(change_of(t) == "copied" and t.format.block_values > 1 for t in tensors):
-        entries += [kv for key, kv in template.history.items() if key.startswith(_IMATRIX)]
+    if imatrix is not None:
+        entries += provenance(imatrix)
+    elif any(change_of(t) == "copied" and t.format.block_values > 1 for t in tensors):
+        entries += [kv for key, kv in template.history.items() if key.startswith((_IMATRIX, HASH_KEY))]
     return entries
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv4tools.cli.engines import engine_option, show_summaries
+from dsv4tools.cli.importance import show_coverage
 from dsv4tools.cli.output import (
     EPILOG,
     json_option,
@@ -80,6 +81,7 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
       dsv4tools convert DeepSeek-V4-Flash flash-4e.gguf --experts-per-token 4
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --tensor-type blk.0=bf16 --engine llama.cpp
       dsv4tools convert from-llama.cpp.gguf for-ds4.gguf --policy mxfp4 --engine ds4
+      dsv4tools convert DeepSeek-V4-Flash flash.gguf --imatrix flash.imatrix.gguf
     """
     chosen = None if part is None else parse_part(part)
     if chosen is not None and manifest is not None:
@@ -94,7 +96,8 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
         show_json(report) if as_json else _show_plan(plan, report, verdicts)
         require_engines(plan, verdicts, asked)
         return
-    check_not_input(out, [f for f in (options["template_file"], Path(options["policy"])) if f and f.is_file()])
+    inputs = (options["template_file"], options["imatrix"], Path(options["policy"]))
+    check_not_input(out, [f for f in inputs if f and f.is_file()])
     if chosen is None:
         check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
     if not as_json:
@@ -118,11 +121,12 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
                              "losses": [loss.as_data() for loss in done.losses],
                              "manifest": str(manifest) if manifest else None})
     else:
-        _show_done(plan, done, seconds, source, manifest)
+        _show_done(plan, done, seconds, source, manifest, options["imatrix"])
 
 
 def _show_done(
-    plan: Plan, done: Conversion, seconds: float, source: Path | HubReference, manifest: Path | None
+    plan: Plan, done: Conversion, seconds: float, source: Path | HubReference, manifest: Path | None,
+    imatrix: Path | None,
 ) -> None:
     out = done.path
     show(f"wrote {out}: {len(plan.tensors)} tensors, {format_bytes(done.n_bytes)} in {format_seconds(seconds)}")
@@ -134,9 +138,11 @@ def _show_done(
                     *((each.n_tensors, each.family, each.stored.name, each.target.name,
                        f"{each.errors.relative_rmse:.3g}", f"{each.errors.largest_error:.3g}")
                       for each in done.losses)], right="rlllrr")
+    show_coverage(plan, "importance: ")
     if manifest:
         show(f"wrote {manifest}")
-    show(f"next: {shell_words('dsv4tools', 'verify', out, '--source', source)}")
+    with_imatrix = ("--imatrix", imatrix) if plan.imatrix is not None else ()
+    show(f"next: {shell_words('dsv4tools', 'verify', out, '--source', source, *with_imatrix)}")
 
 
 def _show_part(path: Path, *, existed: bool, out: Path, as_json: bool) -> None:
@@ -165,6 +171,7 @@ def _show_plan(plan: Plan, report: dict[str, object], verdicts: Sequence[Verdict
     show(f"policy         {plan.policy.name}: {plan.policy.description}")
     for name, n_bytes in plan.bytes_by_format().items():
         show(f"  {name:<12} {format_bytes(n_bytes)}")
+    show_coverage(plan, "importance     ")
     show(f"tensors        {len(plan.tensors)}")
     for c in list_changes(plan.tensors):
         how = f"{c.stored.name} as it is" if c.change == "copied" else f"{c.stored.name} to {c.target.name}"

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound="Callable[..., Any]")
 
 
+imatrix_option = click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
+                              help="An importance matrix of the model: GGUF, or .dat.")
+
+
 def plan_options(command: _Command) -> _Command:
     """Add the options of `plan_from_options` to a command."""
     options = [
@@ -35,6 +39,8 @@ def plan_options(command: _Command) -> _Command:
                      help="Of a GGUF as source: also round again what was rounded already."),
         click.option("--tensor-type", "tensor_types", multiple=True, metavar="NAME=TYPE",
                      help="Type of the tensors NAME (a glob, a name or its dotted beginning); repeatable."),
+        imatrix_option,
+        click.option("--imatrix-strict", is_flag=True, help="Refuse an importance matrix that lacks what a type uses."),
         *(click.option(f"--{family}", metavar="TYPE", help=f"Type of {_family_help(family)}.") for family in FAMILIES),
     ]
     for option in reversed(options):
@@ -54,7 +60,8 @@ def _family_help(family: str) -> str:
 
 def plan_from_options(
     source: Path | HubReference, *, policy: str, experts_per_token: int | None, template_file: Path | None, nan: str,
-    tensor_types: tuple[str, ...], allow_requantize: bool, **families: str | None,
+    tensor_types: tuple[str, ...], allow_requantize: bool, imatrix: Path | None, imatrix_strict: bool,
+    **families: str | None,
 ) -> Plan:
     """The plan that the options ask for."""
     checkpoint = open_argument(source)
@@ -62,4 +69,5 @@ def plan_from_options(
         checkpoint = reroute(checkpoint, experts_per_token)
     flags = {name.replace("_", "-"): value for name, value in families.items()}
     return make_plan(checkpoint, policy=policy, template_file=template_file, families=flags, tensor_types=tensor_types,
-                     nan="zero" if nan == "zero" else "refuse", allow_requantize=allow_requantize)
+                     nan="zero" if nan == "zero" else "refuse", allow_requantize=allow_requantize, imatrix=imatrix,
+                     imatrix_strict=imatrix_strict)

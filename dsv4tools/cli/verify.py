@@ -10,6 +10,7 @@ import click
 
 from dsv4tools.cli.engines import engine_option, show_verdicts
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, show_table, threads_option
+from dsv4tools.cli.planning import imatrix_option
 from dsv4tools.cli.sources import NEEDS_WEIGHTS, open_argument, require_local, source_argument
 from dsv4tools.errors import UsageError, VerifyError
 from dsv4tools.hub import HubReference
@@ -41,6 +42,7 @@ SHOWN = 12   # tensors in the table; --json and --report have all
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Chooses what --sample looks at.")
 @click.option("--manifest", type=click.Path(path_type=Path), metavar="M",
               help="Check the hashes that convert --manifest or llama-gguf-hash wrote to M.")
+@imatrix_option
 @click.option("--forward", is_flag=True, help="Compare predictions with those of SRC on a fixed set of prompts.")
 @click.option("--max-kl", type=click.FloatRange(min=0), metavar="X",
               help="With --forward: wrong if the mean divergence is above X nats.")
@@ -50,11 +52,13 @@ SHOWN = 12   # tensors in the table; --json and --report have all
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, path: Path, source: Path | HubReference | None, tensors: tuple[str, ...],
-           engines: tuple[str, ...], deep: bool, sample: float | None, seed: int, manifest: Path | None, forward: bool,
+           engines: tuple[str, ...], deep: bool, sample: float | None, seed: int, manifest: Path | None,
+           imatrix: Path | None, forward: bool,
            max_kl: float | None, page: Path | None, overwrite: bool, threads: int | None, as_json: bool) -> None:
     """Say whether a GGUF is right: its structure, and with --source every byte of its tensors.
 
-    A file that another tool encoded is compared by value. With --engine also whether that engine loads the file and
+    A file that another tool encoded is compared by value, one that was made with an importance matrix by bytes if
+    --imatrix gives it. With --engine also whether that engine loads the file and
     computes what it says, from the header alone. Without, the verdicts of all known engines are shown for a
     DeepSeek-V4 file, and do not decide. Of a split set, name any part.
 
@@ -66,11 +70,12 @@ def verify(ctx: click.Context, path: Path, source: Path | HubReference | None, t
       dsv4tools verify flash.gguf --source DeepSeek-V4-Flash --report flash.html
       dsv4tools verify flash.gguf --source DeepSeek-V4-Flash --tensor 'blk.3.*'
       dsv4tools verify flash.gguf --source DeepSeek-V4-Flash --sample 1
+      dsv4tools verify flash.gguf --source DeepSeek-V4-Flash --imatrix flash.imatrix.gguf
       dsv4tools verify flash.gguf --deep --manifest flash.sha256
       dsv4tools verify flash.gguf --engine ds4 --engine llama.cpp
     """
     if page is not None:
-        _check_page(page, [path, *filter(None, (manifest,))], source, overwrite=overwrite)
+        _check_page(page, [path, *filter(None, (manifest, imatrix))], source, overwrite=overwrite)
     if isinstance(source, HubReference) and forward:
         require_local(source, f"--forward: {NEEDS_WEIGHTS}")
     checkpoint = None if source is None else open_argument(source)
@@ -83,7 +88,7 @@ def verify(ctx: click.Context, path: Path, source: Path | HubReference | None, t
 
         report = run_verification(
             path, source=checkpoint, tensors=tensors, engines=engines, deep=deep, sample=sample, seed=seed,
-            manifest=manifest, forward=forward, max_kl=max_kl, threads=threads,
+            manifest=manifest, imatrix=imatrix, forward=forward, max_kl=max_kl, threads=threads,
             progress=lambda n: advance(n), announce=announce,  # noqa: PLW0108  - advance changes
         )
     if page is not None:

@@ -5,7 +5,7 @@ Plain data, no numba: planners and tests build these without compiling anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,12 @@ class SourceRows:
     scale_cols: int = 1
     first_row: int = 0
     blocks: Format | None = None
+
+    def cut(self, first: int, n: int) -> SourceRows:
+        """`n` rows of the run from its row `first` on; views of the same bytes."""
+        row_bytes = self.data.size // self.n_rows
+        return replace(self, data=self.data[first * row_bytes : (first + n) * row_bytes], n_rows=n,
+                       first_row=self.first_row + first)
 
 
 class FaultKind(IntEnum):

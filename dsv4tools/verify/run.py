@@ -10,6 +10,7 @@ from dsv4tools.engines import choose_engines, judge_file
 from dsv4tools.errors import UsageError
 from dsv4tools.gguf.reader import Finding, scan_gguf
 from dsv4tools.gguf.splits import scan_whole
+from dsv4tools.imatrix import ImatrixFile, open_imatrix
 from dsv4tools.plan import TEMPLATE_KEY, tensor_units
 from dsv4tools.sources import open_source
 from dsv4tools.template.tables import load_tables
@@ -34,8 +35,8 @@ def verify(
     path: str | Path, *, source: str | Path | Checkpoint | None = None, tensors: Sequence[str] = (),
     engines: Sequence[str] = (), deep: bool = False, sample: float | None = None, seed: int = 0,
     manifest: str | Path | None = None, forward: bool = False, max_kl: float | None = None,
-    threads: int | None = None, progress: Callable[[int], None] | None = None,
-    announce: Callable[[int], None] | None = None,
+    imatrix: str | Path | ImatrixFile | None = None, threads: int | None = None,
+    progress: Callable[[int], None] | None = None, announce: Callable[[int], None] | None = None,
 ) -> Report:
     """Check the structure of a GGUF, and with `source` that every tensor is what its source gives.
 
@@ -60,6 +61,8 @@ def verify(
         Hashes that the file must have, as `convert` or llama-gguf-hash wrote them.
     forward, max_kl:
         Compare predictions with those of the source; a mean divergence above `max_kl` is wrong.
+    imatrix:
+        The importance matrix that the file was made with: bytes can only be derived again with it.
     threads:
         How many units are derived at once; all usable cores by default.
     progress, announce:
@@ -70,10 +73,11 @@ def verify(
     UsageError
         An unknown engine, options that need `source` without it, a glob that matches nothing, or a number out of range.
     InputError, ResourceError, VerifyError
-        There is no file, or the checkpoint or the manifest cannot be used.
+        There is no file, or the checkpoint, the manifest or the importance matrix cannot be used.
     """
     path = Path(path)
-    _check_options(source=source, tensors=tensors, deep=deep, sample=sample, forward=forward, max_kl=max_kl)
+    _check_options(source=source, tensors=tensors, deep=deep, sample=sample, forward=forward, max_kl=max_kl,
+                   imatrix=imatrix)
     chosen = choose_engines(engines)
     expected = read_manifest(Path(manifest), path.name) if manifest is not None else None
     work = _Work(choose_threads(threads), progress or _ignore, announce or _ignore)
@@ -91,7 +95,8 @@ def verify(
         comparison = _Comparison()
         if checkpoint is not None:
             checkpoint = view_as_in(file, checkpoint)
-            comparison = _Comparison.of(file, checkpoint, names, sample, seed)
+            weights = imatrix if imatrix is None or isinstance(imatrix, ImatrixFile) else open_imatrix(imatrix)
+            comparison = _Comparison.of(file, checkpoint, names, (sample, seed), weights)
             report.findings += comparison.findings
         deep_names = names if deep else []
         work.announce(comparison.n_bytes + sum(file.tensors[name].n_bytes for name in deep_names)
@@ -112,9 +117,11 @@ def verify(
 
 
 def _check_options(
-    *, source: object, tensors: Sequence[str], deep: bool, sample: float | None, forward: bool, max_kl: float | None
+    *, source: object, tensors: Sequence[str], deep: bool, sample: float | None, forward: bool, max_kl: float | None,
+    imatrix: object,
 ) -> None:
-    needing = {"--sample": sample is not None, "--forward": forward, "--tensor": bool(tensors) and not deep}
+    needing = {"--sample": sample is not None, "--forward": forward, "--tensor": bool(tensors) and not deep,
+               "--imatrix": imatrix is not None}
     option = next((option for option, given in needing.items() if given), None)
     if source is None and option is not None:
         raise UsageError(option, "needs --source: it compares with the checkpoint")
@@ -145,10 +152,12 @@ class _Comparison:
 
     @classmethod
     def of(
-        cls, file: GgufFile, checkpoint: Checkpoint, names: Sequence[str], sample: float | None, seed: int
+        cls, file: GgufFile, checkpoint: Checkpoint, names: Sequence[str], sampling: tuple[float | None, int],
+        imatrix: ImatrixFile | None,
     ) -> _Comparison:
-        """All of the tensors `names`, or a sample of them."""
-        planned, findings = plan_comparison(file, checkpoint, names)
+        """All of the tensors `names`, or a sample of them: `sampling` is the per cent and the seed."""
+        planned, findings = plan_comparison(file, checkpoint, names, imatrix)
+        sample, seed = sampling
         if sample is None:
             units = (unit for t in planned for unit in tensor_units(t))
             return cls(planned, units, sum(t.n_bytes for t in planned), findings)

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsv4tools.checkpoint.strict_json import shown
 from dsv4tools.errors import InputError, UsageError
 from dsv4tools.formats.codecs import DECODABLE, ENCODABLE
 from dsv4tools.gguf.reader import Finding
 from dsv4tools.gguf.values import encode_value
-from dsv4tools.plan import PlannedTensor
+from dsv4tools.imatrix import FILE_KEY, HASH_KEY, assign_importance
+from dsv4tools.plan import PlannedTensor, uses_importance
 from dsv4tools.reroute import reroute
 from dsv4tools.template import apply_template, derive_template
 from dsv4tools.verify.bench import Bench
@@ -22,10 +24,11 @@ from dsv4tools.verify.report import Fault
 from dsv4tools.verify.tally import compare_units
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from dsv4tools.checkpoint import Checkpoint
     from dsv4tools.gguf.reader import GgufFile
+    from dsv4tools.imatrix import ImatrixFile, Importance
     from dsv4tools.plan import Unit
     from dsv4tools.template import Template
     from dsv4tools.verify.report import TensorCheck
@@ -49,11 +52,12 @@ def view_as_in(file: GgufFile, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def plan_comparison(
-    file: GgufFile, checkpoint: Checkpoint, names: Sequence[str]
+    file: GgufFile, checkpoint: Checkpoint, names: Sequence[str], imatrix: ImatrixFile | None = None
 ) -> tuple[list[PlannedTensor], list[Finding]]:
     """What to derive for each of `names`, and what metadata, tensor set and types say that the source does not.
 
-    InputError where the source is wrong or cannot be decoded; contradictions between file and source are findings.
+    InputError where the source or the importance matrix is wrong or cannot be decoded; contradictions between file and
+    source are findings.
     """
     derived = derive_template(checkpoint)
     try:
@@ -61,6 +65,12 @@ def plan_comparison(
     except InputError as e:
         return [], [Finding("error", "source-mismatch", e.where, f"does not fit the source: {e.what}", None)]
     findings = list(_compare_entries(file, derived))
+    weights: Mapping[str, Importance] = {}
+    users = [t for t in template.tensors if uses_importance(t, file.tensors[t.name].format)]
+    if users:
+        findings += _compare_provenance(file, imatrix)
+    if imatrix is not None:
+        weights, _ = assign_importance(imatrix, template.tensors, users, checkpoint.config.o_groups)
     planned = []
     for tensor in template.tensors:
         info = file.tensors[tensor.name]
@@ -79,8 +89,24 @@ def plan_comparison(
             what = f"has type {info.format.name}, which cannot be derived again for comparison"
             findings.append(Finding("error", "source-type", tensor.name, what, None))
         else:
-            planned.append(PlannedTensor(tensor, info.format, "", info.offset, info.n_bytes))
+            planned.append(PlannedTensor(tensor, info.format, "", info.offset, info.n_bytes, weights.get(tensor.name)))
     return planned, findings
+
+
+def _compare_provenance(file: GgufFile, imatrix: ImatrixFile | None) -> Iterator[Finding]:
+    """What the file says about the importance matrix that it was made with, beside the one that was given."""
+    name, sha256 = file.value(FILE_KEY), file.value(HASH_KEY)
+    where, made = f"key {FILE_KEY!r}", f"says that it was made with the importance matrix {shown(name)}"
+    if imatrix is None:
+        if name is not None:
+            what = f"{made}: give it with --imatrix to compare bytes, without it values are compared"
+            yield Finding("warning", "imatrix-missing", where, what, None)
+    elif name is None:
+        what = f"is missing: nothing says that it was made with {imatrix.path.name} or any importance matrix"
+        yield Finding("warning", "imatrix-unsaid", where, what, None)
+    elif sha256 is not None and sha256 != imatrix.sha256:
+        what = f"{made} with sha256 {shown(sha256)}, {imatrix.path} has {imatrix.sha256}"
+        yield Finding("warning", "imatrix-other", where, what, None)
 
 
 def _compare_entries(file: GgufFile, derived: Template) -> Iterator[Finding]:

@@ -169,7 +169,7 @@ class UnitComparer:
             n = min(step, unit.n_rows - first)
             at = (unit.start // row_bytes + first) * n_cols   # flat index in the tensor
             source = self._room("source", n, n_cols)
-            decode_source(cut_rows(rows, first, n), source)
+            decode_source(rows.cut(first, n), source)
             decoded = self._room("found", n, n_cols)
             decode_rows(found[first * row_bytes : (first + n) * row_bytes], target, n, n_cols, decoded)
             tally.n_measured += source.size
@@ -192,13 +192,6 @@ class UnitComparer:
         if room is None or room.size < n_rows * n_cols:
             room = self._rooms[name] = np.empty(n_rows * n_cols, np.float32)
         return room[: n_rows * n_cols].reshape(n_rows, n_cols)
-
-
-def cut_rows(rows: SourceRows, first: int, n: int) -> SourceRows:
-    """`n` rows of a run from its row `first` on; views of the same bytes."""
-    row_bytes = rows.data.size // rows.n_rows
-    return replace(rows, data=rows.data[first * row_bytes : (first + n) * row_bytes], n_rows=n,
-                   first_row=rows.first_row + first)
 
 
 def compare_units(
