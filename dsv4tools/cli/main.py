@@ -34,6 +34,7 @@ COMMANDS = {
     "encode": "Write a conversation as the prompt that the model reads.",
     "logits": "Write what a model predicts at each position.",
     "generate": "Continue a text with a model.",
+    "imatrix": "Measure which columns of a model matter, on a text.",
     "compare": "Compare what two models predict.",
     "quickstart": "Try everything on a small checkpoint made here.",
 }

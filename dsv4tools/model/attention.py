@@ -142,6 +142,8 @@ class Indexer:
         c, w, blk = self.config, self.weights, f"blk.{self.layer}"
         rows = self.compressor.extend(x, start, cache)                                   # [T, width]
         if len(rows) <= c.index_topk:
+            w.show_inputs(f"{blk}.indexer.attn_q_b.weight", qr)
+            w.show_inputs(f"{blk}.indexer.proj.weight", x)
             return None
         S, H, width = len(x), c.index_n_heads, c.index_head_dim
         positions = start + np.arange(S)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from dsv4tools.checkpoint import Config
     from dsv4tools.model.functions import Floats
+    from dsv4tools.model.observe import ProductObserver
     from dsv4tools.model.stored import StoredTensor
 
 TILE_VALUES = 1 << 17       # decoded weights of a tile: 512 KiB of float32, which stay in a core's cache
@@ -45,6 +46,8 @@ class Weights:
         float32 or float64: of all arrays that come out.
     paths:
         The files that they lie in.
+    watch:
+        Sees the inputs of every product, where somebody wants to (`observe.ProductObserver`).
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Weights:
     ) -> None:
         self.config, self.dtype, self.paths = config, np.dtype(dtype), tuple(paths)
         self._tensors, self._threads, self._close = tensors, threads or usable_cpus(), close
+        self.watch: ProductObserver | None = None
         self._vectors: dict[str, Floats] = {}
         self._local, self._all_buffers = threading.local(), list[Buffers]()
         self._pool = ThreadPoolExecutor(self._threads, "matmul")
@@ -72,6 +76,15 @@ class Weights:
     def n_bytes_read(self) -> Counter[str]:
         """Stored bytes read so far of each tensor (of each expert's matrix, in a checkpoint)."""
         return sum((b.n_bytes_read for b in self._all_buffers), Counter())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, rows before columns, experts before rows."""
+        return self._tensors[name].shape
+
+    def show_inputs(self, name: str, x: Floats) -> None:
+        """Let `watch` see the inputs [S, n_cols] of a product that is not needed."""
+        if self.watch is not None:
+            self.watch(name, None, x)
 
     def vector(self, name: str) -> Floats:
         """A small tensor in its own shape; kept in memory from then on. Errors of `matmul`."""
@@ -120,6 +133,8 @@ class Weights:
         n_values = sum(self._n_values(product) for product in products)
         piece = max(MIN_PIECE_VALUES, n_values // (PIECES_PER_THREAD * self._threads))
         for name, x, rows in products:
+            if self.watch is not None:
+                self.watch(name, rows, x)
             t = self._tensors[name]
             first, stop = rows or (0, t.n_rows)
             x_rows = np.ascontiguousarray(x, self.dtype)
