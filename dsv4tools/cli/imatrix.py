@@ -11,7 +11,7 @@ import numpy as np
 
 from dsv4tools.checkpoint.strict_json import read_small_file
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, say, shell_words, show, show_json, threads_option
-from dsv4tools.cli.prompts import announce_kernels, encode_text, read_tokens
+from dsv4tools.cli.prompts import encode_text, read_tokens
 from dsv4tools.cli.signals import graceful_stop
 from dsv4tools.cli.sources import NEEDS_WEIGHTS, local_argument
 from dsv4tools.collect import CHUNK_SIZE, collect_imatrix
@@ -69,8 +69,6 @@ def imatrix(source: Path, text: Path | None, tokens_file: Path | None, out: Path
     check_not_input(out, [f for f in (source, text, tokens_file) if f is not None and f.is_file()])
     check_place(out, overwrite=overwrite)
     ids, bos_id = _read_ids(source, text, tokens_file, no_bos=no_bos)
-    announce_kernels()
-    started = time.monotonic()
     n_tokens = min(len(ids) // chunk_size, chunks or len(ids)) * chunk_size
     dataset = text or tokens_file
     with (
@@ -80,6 +78,8 @@ def imatrix(source: Path, text: Path | None, tokens_file: Path | None, out: Path
         progress_bar(n_tokens, out.name, unit="token") as advance,
     ):
         check_not_input(out, model.weights.paths)
+        model.weights.prepare()
+        started = time.monotonic()
         found = collect_imatrix(model, ids, chunk_size=chunk_size, max_chunks=chunks, bos_id=bos_id,
                                 process_output=process_output, datasets=[dataset.name] if dataset else [],
                                 progress=advance, stop=stop)
