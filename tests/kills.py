@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
@@ -17,14 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from conftest import TINY_6E, checksums
+from hub_server import HubServer
 from nursery import Nursery
 
 import dsv4tools as dt
+from dsv4tools.checkpoint.card import RECEIPT
 from dsv4tools.parts import convert_part, part_path, read_part
 from dsv4tools.synthetic import write_checkpoint, write_full_width
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _TESTS = Path(__file__).parent
 _MOST_RUNS = 10
@@ -39,10 +42,13 @@ class Subject(Protocol):
         Of the command line, the command's name first. May be others for the next run: of another part.
     modules:
         Loaded before the clock starts.
+    environment:
+        Of the command.
     """
 
     arguments: list[str]
     modules: Sequence[str]
+    environment: Mapping[str, str]
 
     def look(self) -> str:
         """What is there, in a word; AssertionError if it must not be so."""
@@ -55,6 +61,7 @@ class RerouteDirectory:
     """Re-routing a checkpoint: after a kill there is nothing under the result's name, or all of it."""
 
     modules = ("dsv4tools.cli.reroute",)
+    environment = os.environ
 
     def __init__(self, directory: Path) -> None:
         self.source = write_checkpoint(directory / "source", TINY_6E, seed=7)
@@ -81,6 +88,7 @@ class RerouteGguf:
     """Re-routing a GGUF: the same."""
 
     modules = ("dsv4tools.cli.reroute",)
+    environment = os.environ
 
     def __init__(self, directory: Path) -> None:
         checkpoint = write_checkpoint(directory / "checkpoint", TINY_6E, seed=7)
@@ -109,6 +117,7 @@ class Convert:
     """
 
     modules = ("dsv4tools.cli.convert", "dsv4tools.cli.assemble", "hasty")
+    environment = os.environ
 
     def __init__(self, directory: Path, source: Path | None = None) -> None:
         self.source = source or write_full_width(directory / "source", layers=1, experts=4, seed=3)
@@ -172,6 +181,35 @@ class Assemble(Parts):
         self.out.unlink()
 
 
+class Download:
+    """A download: after a kill there are whole files, or nothing under their names.
+
+    `hub` has the repository ``org/model`` to fetch, which is `source`; by default both are made.
+    """
+
+    modules = ("dsv4tools.cli.download", "huggingface_hub.file_download", "huggingface_hub.hf_api")
+
+    def __init__(self, directory: Path, source: Path | None = None, hub: HubServer | None = None) -> None:
+        self.source = source or write_checkpoint(directory / "source", TINY_6E, seed=7, shards=8)
+        self.before, self.out = checksums(self.source), directory / "fetched"
+        hub = hub or HubServer().__enter__()     # ends with the process
+        hub.add("org/model", self.source)
+        self.environment = hub.environment(directory / "home")
+        self.arguments = ["download", "org/model", str(self.out)]
+
+    def look(self) -> str:
+        assert checksums(self.source) == self.before, "the source was changed"
+        files = [p for p in self.out.iterdir() if p.is_file()] if self.out.exists() else []
+        for path in files:
+            assert difference(path, self.source / path.name, 0) is None, f"{path.name} is not whole"
+        is_noted = (self.out / RECEIPT).exists()
+        assert not is_noted or len(files) == len(self.before), "it says that all is there"
+        return "whole" if is_noted else f"{len(files)} files" if files else "nothing"
+
+    def clean(self) -> None:
+        shutil.rmtree(self.out)
+
+
 def look_at(path: Path, expected: Path, n_head_bytes: int) -> str:
     """What is there of a file that is to be as `expected`, where nothing of the head is written before all the rest."""
     if path.exists():
@@ -203,7 +241,7 @@ def difference(path: Path, expected: Path, position: int) -> int | None:
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "convert": Convert, "parts": Parts, "assemble": Assemble, "reroute": RerouteDirectory,
-    "reroute-gguf": RerouteGguf,
+    "reroute-gguf": RerouteGguf, "download": Download,
 }  # fmt: skip
 
 
@@ -214,7 +252,7 @@ def kill_often(subject: Subject, kills: int, seed: int = 0) -> Counter[str]:
     """
     rng = random.Random(seed)
     found: Counter[str] = Counter()
-    environment = {**os.environ, "PYTHONPATH": str(_TESTS)}
+    environment = {**subject.environment, "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)])}
     with tempfile.TemporaryDirectory() as directory, \
             Nursery(Path(directory), *subject.modules, environment=environment) as nursery:
         seconds = min(_run_through(subject, nursery) for _ in range(2))   # the first one loads what is loaded late

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 from conftest import SMALL
 from hub_server import COMMIT, SIGNATURE, TOKEN, HubServer, is_lfs
+from kills import Download, kill_often
 from nursery import Ended, Nursery
 from process import COMMAND, ROOM_SECONDS
 
@@ -271,6 +272,22 @@ def test_orphans_of_killed_runs_are_removed(hub, with_big, tmp_path):
     assert "removed        1 incomplete files of killed downloads" in ended.out
     assert not incomplete(tmp_path)
     assert content(tmp_path / "here") == content(with_big)
+
+
+def test_kills_leave_whole_files_or_none(server, repository, tmp_path):
+    """`scripts/kill-test` does it at length. Folders are left out: they are of no use to what is counted there."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in repository.iterdir():
+        if path.is_file():
+            (flat / path.name).hardlink_to(path)
+    server.clear()
+    kept = dict(server.repositories)
+    try:
+        found = kill_often(Download(tmp_path, flat, server), 10, seed=2)
+    finally:
+        server.repositories = kept
+    assert found["whole"] < 10, "no kill fell into the work"
 
 
 def wait_for(condition) -> None:
