@@ -344,7 +344,7 @@ def test_wrong_usage_of_the_others(source, tmp_path, dsv4tools):
     assert "Missing argument 'OUT.gguf'" in dsv4tools("template", source).failed(2)
     assert "neither a shipped policy" in dsv4tools("policy", "show", "q5").failed(2)
     assert "No such command" in dsv4tools("policy", "make").failed(2)
-    assert "Missing argument 'FILE|DIR'" in dsv4tools("inspect").failed(2)
+    assert "Missing argument 'FILE|DIR|hf://...'" in dsv4tools("inspect").failed(2)
     assert "no such file" in dsv4tools("inspect", tmp_path / "none").failed(3)
     assert "--threads" in dsv4tools("verify", tmp_path / "x", "--threads", 0).failed(2)
 
@@ -423,7 +423,7 @@ def test_any_other_exception_is_failed(error, code, said, source, monkeypatch, d
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(sys.modules["dsv4tools.cli.inspect"], "open_checkpoint", fail)
+    monkeypatch.setattr(sys.modules["dsv4tools.cli.inspect"], "open_argument", fail)
     assert said in dsv4tools("inspect", source).failed(code)
 
 
