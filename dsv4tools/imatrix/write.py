@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,6 @@ from dsv4tools.outfile import check_place, check_space, complete_file, explained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -37,7 +37,7 @@ def form_of(path: Path) -> str:
     return path.suffix
 
 
-def write_imatrix(imatrix: Imatrix, path: Path, *, overwrite: bool = False) -> int:
+def write_imatrix(imatrix: Imatrix, path: str | Path, *, overwrite: bool = False) -> int:
     """Write `imatrix` in the form that the name asks for, entries in the order of their names; the number of bytes.
 
     In a ``.dat`` file counts are whole chunks (rounded up), values are means times that, and 1 times that where nothing
@@ -52,6 +52,7 @@ def write_imatrix(imatrix: Imatrix, path: Path, *, overwrite: bool = False) -> i
     ResourceError
         No space or permission.
     """
+    path = Path(path)
     form = form_of(path)
     if not imatrix.entries:
         raise InputError(path, "an importance matrix needs one entry or more")
