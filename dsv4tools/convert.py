@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,16 @@ from dsv4tools.derive import UnitDeriver, source_checksum
 from dsv4tools.engines import check_plan
 from dsv4tools.errors import Dsv4Error, Interrupted, ResourceError, UsageError
 from dsv4tools.formats.codecs import prepare, self_test
-from dsv4tools.gguf.reader import open_gguf, scan_gguf
+from dsv4tools.gguf.reader import scan_gguf
+from dsv4tools.gguf.splits import SPLIT_KEYS, join_parts, open_whole
 from dsv4tools.identity import plan_identity, shard_states
 from dsv4tools.journal import BYTES_PER_UNIT
 from dsv4tools.loss import Loss, measure_losses
 from dsv4tools.manifest import write_manifest
 from dsv4tools.options import RunOptions
-from dsv4tools.outfile import check_output, check_space
+from dsv4tools.outfile import check_output, check_space, partial_path
 from dsv4tools.output import OutputFile, was_completed, working_paths
+from dsv4tools.split_plan import output_paths, sized_files
 from dsv4tools.spot_check import check_samples
 from dsv4tools.workers import choose_threads, run_units
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Generator, Iterable, Sequence
 
+    from dsv4tools.gguf.reader import GgufFile
     from dsv4tools.journal import FinishedUnit
-    from dsv4tools.plan import Plan, Unit
+    from dsv4tools.plan import Plan, PlannedFile, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +40,20 @@ class Conversion:
     Attributes
     ----------
     path, n_bytes:
-        The file and its size.
+        The file and its size; of a split set the first file, and the size of all.
     zeroed:
         Per tensor how many values were zeroed (``--nan zero``).
     losses:
         Of a GGUF as source: what giving its tensors other types has cost, by family.
+    paths:
+        All files that it wrote.
     """
 
     path: Path
     n_bytes: int
     zeroed: dict[str, int] = field(default_factory=dict)
     losses: tuple[Loss, ...] = ()
+    paths: tuple[Path, ...] = ()
 
 
 def convert(
@@ -66,7 +71,9 @@ def convert(
     Parameters
     ----------
     out:
-        The output file; ``OUT.partial``, ``OUT.journal`` and ``OUT.lock`` stand beside it on the way.
+        The output file; ``OUT.partial``, ``OUT.journal`` and ``OUT.lock`` stand beside it on the way. A plan that
+        `split_plan` has cut is written as ``NAME-00001-of-0000N.gguf`` and so on: all of them get their names at the
+        end, the first one last.
     overwrite:
         Replace an existing `out` (at the end, in one step).
     manifest:
@@ -96,21 +103,23 @@ def convert(
     run = run or RunOptions(threads=threads, progress=progress)
     check_plan(plan, engines)
     n_threads = check_conversion(plan, out, threads=run.threads, overwrite=overwrite, manifest=manifest)
-    output = OutputFile(out, plan.total_bytes, plan_identity(plan), shard_states(plan),
-                        extents=lambda: ((plan.position(u), u.n_bytes) for u in plan.units()),
-                        recheck=make_recheck(plan), run=run)
+    paths = output_paths(plan, out)
+    output = OutputFile(paths[0], plan.total_bytes, plan_identity(plan), shard_states(plan),
+                        files=sized_files(plan, paths), recheck=make_recheck(plan), run=run,
+                        extents=lambda: ((plan.position(u), u.n_bytes) for u in plan.units()))
     prepare(plan.kernels)
     self_test()
     with output:
         if not output.completed:
             write_units(plan, output, plan.units(), plan.position, n_threads, run)
-            output.complete(plan.header, partial(check_written, plan))
+            output.complete(plan.header, lambda _: check_written(plan, output.partials),
+                            later=[(file.start, file.header) for file in plan.files[1:]])
         zeroed = count_zeroed(plan, output.finished)
         if manifest is not None:
-            write_manifest(out, manifest, zeroed, stop=run.stop)
-    with open_gguf(out) as file:
+            write_manifest(paths, manifest, zeroed, stop=run.stop)
+    with open_whole(paths[0]) as file:
         losses = measure_losses(plan, file, threads=n_threads, stop=run.stop)
-    return Conversion(out, plan.total_bytes, zeroed, tuple(losses))
+    return Conversion(paths[0], plan.total_bytes, zeroed, tuple(losses), tuple(paths))
 
 
 def check_conversion(
@@ -118,31 +127,41 @@ def check_conversion(
 ) -> int:
     """Raise what `convert` with these arguments would raise before its work; returns the number of threads."""
     n_threads = choose_threads(threads)
-    check_output(plan.checkpoint, out, overwrite=overwrite or was_completed(out, plan_identity(plan)))
+    paths = output_paths(plan, out)
+    is_there = was_completed(paths[0], plan_identity(plan), paths)
+    for path in paths:
+        check_output(plan.checkpoint, path, overwrite=overwrite or is_there)
     if manifest is not None:
         check_output(plan.checkpoint, manifest, overwrite=overwrite)
-        if manifest.resolve() in {p.resolve() for p in working_paths(out)}:
+        if manifest.resolve() in {p.resolve() for path in paths for p in working_paths(path)}:
             raise UsageError(manifest, "is the output itself", hint="give the manifest another name")
-    if not out.exists() or overwrite:
-        check_space(out, plan.total_bytes + BYTES_PER_UNIT * plan.n_units)
+    if not is_there:
+        check_space(paths[0], plan.total_bytes + BYTES_PER_UNIT * plan.n_units, [partial_path(path) for path in paths])
     return n_threads
 
 
-def check_written(plan: Plan, path: Path) -> None:
-    """Read `path` with the strict reader and compare all it says with the plan, and a few rows with their source.
+def check_written(plan: Plan, paths: Sequence[Path]) -> None:
+    """Read the files with the strict reader, compare all they say with the plan, and a few rows with their source.
 
     A difference is a bug of ours.
     """
-    with scan_gguf(path) as file:
-        errors = [f for f in file.findings if f.severity == "error"]
-        if errors:
-            raise Dsv4Error(path, f"was written wrongly: {errors[0].where}: {errors[0].message}",
-                            hint="please report this")
-        found = [(t.name, t.ne, t.format.name, t.offset) for t in file.tensors.values()]
-        planned = [(t.name, t.tensor.ne, t.format.name, t.offset) for t in plan.tensors]
-        if found != planned or file.n_file_bytes != plan.total_bytes or list(file.kvs) != [kv.key for kv in plan.kvs]:
-            raise Dsv4Error(path, "was written wrongly: it does not match its plan", hint="please report this")
-        check_samples(plan, file)
+    with ExitStack() as opened:
+        parts = [opened.enter_context(scan_gguf(path)) for path in paths]
+        for i, (file, planned) in enumerate(zip(parts, plan.files, strict=True)):
+            _check_part(file, planned, [kv.key for kv in plan.kvs] if i == 0 else [], split=len(parts) > 1)
+        check_samples(plan, join_parts(paths[0], parts))
+
+
+def _check_part(file: GgufFile, planned: PlannedFile, keys: list[str], *, split: bool) -> None:
+    errors = [f for f in file.findings if f.severity == "error"]
+    if errors:
+        raise Dsv4Error(file.path, f"was written wrongly: {errors[0].where}: {errors[0].message}",
+                        hint="please report this")
+    found = [(t.name, t.ne, t.format.name, t.offset) for t in file.tensors.values()]
+    expected = [(t.name, t.tensor.ne, t.format.name, t.offset) for t in planned.tensors]
+    has_keys = list(file.kvs) == [*keys, *(SPLIT_KEYS if split else ())]
+    if found != expected or file.n_file_bytes != planned.n_bytes or not has_keys:
+        raise Dsv4Error(file.path, "was written wrongly: it does not match its plan", hint="please report this")
 
 
 def write_units(  # noqa: PLR0917  - what, whereto, how: each of them once

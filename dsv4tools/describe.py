@@ -14,6 +14,7 @@ from dsv4tools.files import free_bytes
 from dsv4tools.journal import BYTES_PER_UNIT
 from dsv4tools.outfile import SPACE_MARGIN_BYTES
 from dsv4tools.requantize import list_changes
+from dsv4tools.split_plan import output_paths
 from dsv4tools.template.metadata import size_label
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
         free = None
     return {
         "out": str(out),
+        "files": [{"path": str(path), "n_bytes": file.n_bytes, "n_tensors": len(file.tensors)}
+                  for path, file in zip(output_paths(plan, out), plan.files, strict=True)],
         "total_bytes": plan.total_bytes,
         "data_bytes": plan.data_bytes,
         "data_offset": plan.data_offset,
@@ -67,7 +70,7 @@ def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
                      "n_bytes": c.n_bytes} for c in list_changes(plan.tensors)],
         "tensors": [
             {"name": t.name, "ne": list(t.tensor.ne), "type": t.format.name, "rule": t.rule, "offset": t.offset,
-             "n_bytes": t.n_bytes, "source_bytes": t.tensor.source_bytes,
+             "part": t.part, "n_bytes": t.n_bytes, "source_bytes": t.tensor.source_bytes,
              "sources": list(dict.fromkeys(m.weight.name for m in t.tensor.sources))}
             for t in plan.tensors
         ],
@@ -139,6 +142,7 @@ def describe_gguf(file: GgufFile) -> dict[str, Any]:
     return {
         "kind": "gguf",
         "path": str(file.path),
+        "files": [str(path) for path in file.paths],
         "n_bytes": file.n_file_bytes,
         "data_offset": file.data_offset,
         "alignment": file.alignment,

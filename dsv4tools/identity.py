@@ -35,7 +35,7 @@ def plan_identity(plan: Plan) -> dict[str, Any]:
         "importance matrix": "none" if plan.imatrix is None else f"sha256 {plan.imatrix.sha256[:16]}",
         "experts per token": plan.checkpoint.config.num_experts_per_tok,
         "output bytes": plan.total_bytes,
-        "template": hashlib.sha256(plan.header).hexdigest()[:16],
+        "template": hashlib.sha256(b"".join(file.header for file in plan.files)).hexdigest()[:16],
     }
     for name, shard in plan.checkpoint.shards.items():
         identity[f"shard {name}"] = f"{shard.n_file_bytes} bytes, header {shard.header_sha256[:16]}"

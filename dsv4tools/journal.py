@@ -56,7 +56,7 @@ class JournalState:
     shards:
         Shard name -> [mtime_ns, inode] as the last run saw them.
     inode:
-        Of the partial file.
+        Of the partial file; of those of a split set a list.
     units:
         By position, in the order in which they were finished.
     complete:
@@ -68,7 +68,7 @@ class JournalState:
     version: int | None = None
     identity: dict[str, Any] | None = None
     shards: dict[str, Any] = field(default_factory=dict)
-    inode: int | None = None
+    inode: int | list[int] | None = None
     units: dict[int, FinishedUnit] = field(default_factory=dict)
     complete: bool = False
     n_damaged: int = 0
@@ -118,7 +118,9 @@ def _add_entry(state: JournalState, entry: dict[str, Any]) -> None:
     elif "identity" in entry:
         state.version, state.identity = int(entry["version"]), dict(entry["identity"])
     elif "shards" in entry:
-        state.shards, state.inode = dict(entry["shards"]), int(entry["inode"])
+        shards, inode = dict(entry["shards"]), entry["inode"]
+        inode = [int(each) for each in inode] if isinstance(inode, list) else int(inode)
+        state.shards, state.inode = shards, inode
     else:
         state.complete = entry["complete"] is True
 
@@ -153,7 +155,7 @@ class JournalWriter:
         What the user can do when the journal cannot be written.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], shards: Mapping[str, Any], inode: int, *,
+    def __init__(self, path: Path, identity: Mapping[str, Any], shards: Mapping[str, Any], inode: int | list[int], *,
                  units: Iterable[FinishedUnit] = (), hint: str = "") -> None:
         self._path, self._hint = path, hint
         fresh = path.with_name(path.name + ".new")

@@ -17,7 +17,7 @@ from dsv4tools.gguf.reader import open_gguf
 from dsv4tools.outfile import complete_file, explained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from dsv4tools.workers import StopRequest
@@ -64,12 +64,19 @@ def _chunks(fd: int, position: int, end: int, buffer: memoryview, path: Path) ->
         position += n
 
 
-def write_manifest(gguf: Path, path: Path, zeroed: Mapping[str, int], stop: StopRequest | None = None) -> None:
-    """Hash `gguf` and write its manifest to `path`, complete or not at all; errors of `hash_file`."""
-    tensors, payloads, whole = hash_file(gguf, stop)
-    lines = [f"sha256    {digest}  {gguf.name}:{name}" for name, digest in tensors.items()]
-    lines.append(f"sha256    {payloads}  {gguf.name}")
-    lines.append(f"# sha256 of the whole file: {whole}")
+def write_manifest(
+    files: Sequence[Path], path: Path, zeroed: Mapping[str, int], stop: StopRequest | None = None
+) -> None:
+    """Hash a GGUF, or all files of a split set, and write the manifest to `path`, complete or not at all.
+
+    Raises as `hash_file`.
+    """
+    lines = []
+    for gguf in files:
+        tensors, payloads, whole = hash_file(gguf, stop)
+        lines += [f"sha256    {digest}  {gguf.name}:{name}" for name, digest in tensors.items()]
+        lines.append(f"sha256    {payloads}  {gguf.name}")
+        lines.append(f"# sha256 of the whole file: {whole}")
     lines += [f"# {n} values that are not finite were converted to 0 in {name}" for name, n in zeroed.items()]
     with complete_file(path) as fd, explained(path):
         pwrite_all(fd, memoryview(os.fsencode("\n".join(lines) + "\n")), 0)

@@ -13,7 +13,7 @@ from dsv4tools.files import free_bytes, lock_file, sync_directory
 from dsv4tools.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from dsv4tools.checkpoint import Checkpoint
@@ -70,15 +70,16 @@ def check_place(path: Path, *, overwrite: bool) -> None:
             raise ResourceError(path.parent, "cannot be written to")
 
 
-def check_space(path: Path, n_bytes: int, partial: Path | None = None) -> None:
-    """ResourceError with the numbers if a file of `n_bytes` at `path` does not fit the disk.
+def check_space(path: Path, n_bytes: int, partials: Sequence[Path] = ()) -> None:
+    """ResourceError with the numbers if `n_bytes` more at `path` do not fit the disk.
 
-    What an earlier run left in the partial file (`partial_path` if None) counts as free: it is used again.
+    What an earlier run left in the partial files (`partial_path` without any) counts as free: it is used again.
     """
     with explained(path.parent):
         free = free_bytes(path.parent)
-        with contextlib.suppress(FileNotFoundError):
-            free += (partial or partial_path(path)).lstat().st_blocks * 512
+        for each in partials or [partial_path(path)]:
+            with contextlib.suppress(FileNotFoundError):
+                free += each.lstat().st_blocks * 512
     need = n_bytes + SPACE_MARGIN_BYTES
     if need > free:
         raise ResourceError(path.parent, f"{format_bytes(free)} free, the output needs {format_bytes(need)}",

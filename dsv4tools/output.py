@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
-import os
 import time
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,24 +12,24 @@ import numpy as np
 import xxhash
 
 from dsv4tools.errors import Dsv4Error, Interrupted, ResourceError
-from dsv4tools.files import insist, pread_all, preallocate, pwrite_all, sync_data, sync_directory
 from dsv4tools.journal import FinishedUnit, JournalState, JournalWriter, check_same_plan, read_journal
 from dsv4tools.lock import OutputLock
-from dsv4tools.outfile import WORKING_SUFFIXES, explained, open_own
+from dsv4tools.outfile import WORKING_SUFFIXES, explained
+from dsv4tools.working import WorkingFiles, make_working_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
     from numpy.typing import NDArray
 
     from dsv4tools.options import RunOptions
+    from dsv4tools.working import Inodes
 
 BATCH_SECONDS = 2.0
 BATCH_BYTES = 256 << 20
 RECHECKED_BYTES = 512 << 20   # of the units finished last: a power cut may have damaged them all the same
-_MARK = bytes(8)              # over a header's first bytes: no reader takes the file for what it is not yet
 
 
 def checksum(data: NDArray[np.uint8]) -> str:
@@ -43,19 +43,22 @@ def working_paths(path: Path, working_name: str | None = None) -> tuple[Path, Pa
     return path, partial, journal, lock
 
 
-def was_completed(path: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether `path` is whole and of this very conversion, which was stopped before it had put everything away."""
-    _, partial, journal, _ = working_paths(path)
+def was_completed(path: Path, identity: Mapping[str, Any], files: Sequence[Path] = ()) -> bool:
+    """Whether `path` is whole and of this very conversion, which was stopped before it had put everything away.
+
+    `files` are all files of a split set, of which `path` is the first; some of them may still wait for their names.
+    """
+    _, _, journal, _ = working_paths(path)
     try:
-        return journal.exists() and _is_completed(path, partial, identity, read_journal(journal))
+        state = read_journal(journal) if journal.exists() else JournalState()
+        working = make_working_files([(each, 0) for each in files or [path]])
+        return _is_complete(state, identity) and working.publication(state.inode) != "none"
     except ResourceError:
         return False   # whatever it is, it will be told by whoever needs it
 
 
-def _is_completed(path: Path, partial: Path, identity: Mapping[str, Any], state: JournalState) -> bool:
-    with explained(path):
-        return (state.complete and state.identity == identity and not partial.exists()
-                and path.exists() and path.stat().st_ino == state.inode)
+def _is_complete(state: JournalState, identity: Mapping[str, Any]) -> bool:
+    return state.complete and state.identity == identity
 
 
 def discard_leftovers(path: Path, working_name: str | None = None) -> None:
@@ -94,6 +97,9 @@ class OutputFile:
         made with.
     run:
         Of it `restart`, `steal_lock`, `notify` and `stop` are used here.
+    files:
+        Names and sizes of the files of a split set, of which `path` is the first; positions and `n_bytes` then count
+        through all of them.
     working_name:
         What the files on the way are called, if not by `path`'s own name.
 
@@ -108,19 +114,24 @@ class OutputFile:
     def __init__(
         self, path: Path, n_bytes: int, identity: Mapping[str, Any], shards: Mapping[str, Any], *,
         extents: Callable[[], Iterable[tuple[int, int]]], recheck: Callable[[FinishedUnit, set[str]], bool],
-        run: RunOptions, working_name: str | None = None,
+        run: RunOptions, files: Sequence[tuple[Path, int]] = (), working_name: str | None = None,
     ) -> None:
         self.path, self.n_bytes, self.identity, self.shards = path, n_bytes, identity, shards
         _, self.partial, self.journal, lock = working_paths(path, working_name)
+        self._files: WorkingFiles = make_working_files(files or [(path, n_bytes)], working_name, self.hint)
         self.finished: dict[int, FinishedUnit] = {}
         self.completed = False
         self._extents, self._recheck, self._run = extents, recheck, run
         self._lock = OutputLock(lock)
-        self._fd = -1
         self._writer: JournalWriter | None = None
         self._has_begun = False   # until then everything there is of an earlier run
         self._batch: list[FinishedUnit] = []
         self._batch_bytes, self._batch_start = 0, time.monotonic()
+
+    @property
+    def partials(self) -> list[Path]:
+        """What its files are called until they are complete."""
+        return self._files.partials
 
     @property
     def hint(self) -> str:
@@ -142,27 +153,30 @@ class OutputFile:
 
     def _open(self) -> None:
         state = JournalState() if self._run.restart else read_journal(self.journal)
-        if not self._run.restart and _is_completed(self.path, self.partial, self.identity, state):
-            self._run.tell(f"{self.path} was complete already")
-            self.finished, self.completed = state.units, True
-            return
-        if self.partial.exists():
+        if not self._run.restart and _is_complete(state, self.identity):
+            published = self._files.publication(state.inode)
+            if published == "begun":
+                self._files.publish()
+            if published != "none":
+                self._run.tell(f"{self.path} was complete already")
+                self.finished, self.completed = state.units, True
+                return
+        if any(path.exists() for path in self.partials):
             check_same_plan(self.partial, self.identity, state)
-        self._fd = open_own(self.partial)
-        inode = os.fstat(self._fd).st_ino
+        self._files.open()
+        inodes = self._files.inodes
         with explained(self.partial, hint=self.hint):
-            self.finished = self._adopt(state, inode)
+            self.finished = self._adopt(state, inodes)
         self._has_begun = True
         self._tell_what_is_continued()
         # First the journal, then the data: between the two there are no lines of units that are gone.
-        self._writer = JournalWriter(self.journal, self.identity, self.shards, inode, units=self.finished.values(),
+        self._writer = JournalWriter(self.journal, self.identity, self.shards, inodes, units=self.finished.values(),
                                      hint=self.hint)
-        with explained(self.partial, hint=self.hint):
-            if self.finished:
-                pwrite_all(self._fd, memoryview(_MARK), 0)
-            else:
-                os.ftruncate(self._fd, 0)
-            preallocate(self._fd, self.n_bytes)
+        if self.finished:
+            self._files.mark_unfinished()
+        else:
+            self._files.clear()
+        self._files.reserve()
 
     def _tell_what_is_continued(self) -> None:
         if self.finished:
@@ -170,14 +184,13 @@ class OutputFile:
             self._run.tell(f"continuing {self.partial}: {len(self.finished)} units done, {n_bytes / self.n_bytes:.0%}")
             self._run.advance(n_bytes)
 
-    def _adopt(self, state: JournalState, inode: int) -> dict[int, FinishedUnit]:
+    def _adopt(self, state: JournalState, inodes: Inodes) -> dict[int, FinishedUnit]:
         """The finished units of an earlier run that can be trusted."""
-        n_file_bytes = os.fstat(self._fd).st_size
         if not state.units:
-            if n_file_bytes and state.identity is None and not self._run.restart:
+            if any(self._files.stored_sizes) and state.identity is None and not self._run.restart:
                 self._run.tell(f"{self.journal.name} is missing or damaged: beginning anew")
             return {}
-        if n_file_bytes != self.n_bytes:
+        if not self._files.have_their_sizes:
             self._run.tell(f"{self.partial.name} does not have its size: beginning anew")
             return {}
         planned = {p for p, n in self._extents() if p in state.units and state.units[p].n_bytes == n}
@@ -190,7 +203,7 @@ class OutputFile:
         if changed:
             self._run.tell(f"modification time or inode changed: {', '.join(sorted(changed))}; checking their units")
             units = {p: u for p, u in units.items() if self._heed_stop() and self._recheck(u, changed)}
-        if inode != state.inode:
+        if inodes != state.inode:
             self._run.tell(f"{self.partial.name} was replaced: checking all finished units")
         elif all(map(self._is_intact, self._doubtful(units))):
             return units
@@ -208,8 +221,7 @@ class OutputFile:
     def _is_intact(self, unit: FinishedUnit) -> bool:
         self._heed_stop()
         data = np.zeros(unit.n_bytes, np.uint8)
-        n_read = insist(lambda: pread_all(self._fd, data.data, unit.position))
-        return n_read == unit.n_bytes and checksum(data) == unit.output
+        return self._files.read(unit.position, data.data) == unit.n_bytes and checksum(data) == unit.output
 
     def _heed_stop(self) -> bool:
         if self._run.stop.is_set():
@@ -220,8 +232,7 @@ class OutputFile:
 
     def write(self, position: int, data: NDArray[np.uint8], source: str, n_zeroed: int = 0) -> FinishedUnit:
         """Write a unit; safe to call from many threads. It counts as finished once it was given to `record`."""
-        with explained(self.partial, hint=self.hint):
-            pwrite_all(self._fd, data.data, position)
+        self._files.write(position, data.data)
         return FinishedUnit(position, data.nbytes, checksum(data), source, n_zeroed)
 
     def record(self, unit: FinishedUnit) -> None:
@@ -239,30 +250,29 @@ class OutputFile:
         self._batch_bytes, self._batch_start = 0, time.monotonic()
         if batch and self._writer is not None:
             self._check_alone()
-            with explained(self.partial, hint=self.hint):
-                sync_data(self._fd)
+            self._files.sync()
             self._writer.append(batch)
             self.finished.update((u.position, u) for u in batch)
 
     def _check_alone(self) -> None:
-        """ResourceError if another run has taken over, or somebody took the file away."""
+        """ResourceError if another run has taken over, or somebody took a file away."""
         self._lock.check()
-        try:
-            same = os.path.samestat(os.fstat(self._fd), self.partial.lstat())
-        except FileNotFoundError:
-            same = False
-        if not same:
-            raise ResourceError(self.partial, "was replaced or removed while it was being written",
-                                hint="leave it alone until the work is done")
+        self._files.check_ours()
 
-    def complete(self, header: bytes, check: Callable[[Path], None]) -> None:
-        """Write the header last, sync, let `check` look at the file, and give it its name."""
+    def complete(
+        self, header: bytes, check: Callable[[Path], None], *, later: Sequence[tuple[int, bytes]] = ()
+    ) -> None:
+        """Write the header last, sync, let `check` look at the file, and give it its name.
+
+        `later` are position and header of the further files of a set; `check` gets the path of the first.
+        """
         self.flush()
         self._check_alone()
-        with explained(self.partial, hint=self.hint):
-            self._clear_padding(len(header))
-            pwrite_all(self._fd, memoryview(header), 0)
-            os.fsync(self._fd)
+        headers = [(0, header), *later]
+        self._clear_padding(headers)
+        for position, each in headers:
+            self._files.write(position, memoryview(each))
+        self._files.sync_all()
         try:
             check(self.partial)
         except Dsv4Error as e:
@@ -271,22 +281,21 @@ class OutputFile:
             raise
         if self._writer is not None:
             self._writer.mark_complete()
-        with explained(self.path, hint=self.hint):
-            self.partial.replace(self.path)
-            sync_directory(self.path.parent)
+        self._files.publish()
         self.completed = True
 
-    def _clear_padding(self, end: int) -> None:
-        """Write zeros wherever no unit lies: no checksum covers that, and an earlier run may have left anything there.
-
-        `end` is that of the header.
-        """
-        for position, n_bytes in itertools.chain(self._extents(), [(self.n_bytes, 0)]):
-            if position < end or (n_bytes and position not in self.finished):
+    def _clear_padding(self, headers: Sequence[tuple[int, bytes]]) -> None:
+        """Write zeros wherever nothing lies: no checksum covers that, an earlier run may have left anything there."""
+        end = 0
+        begins = {position for position, _ in headers}
+        extents = heapq.merge(self._extents(), ((position, len(header)) for position, header in headers),
+                              [(self.n_bytes, 0)])
+        for position, n_bytes in extents:
+            if position < end or (n_bytes and position not in self.finished and position not in begins):
                 raise Dsv4Error(self.partial, f"unit at byte {position:,} is missing or overlaps the one before it",
                                 hint="please report this")
             if position > end:
-                pwrite_all(self._fd, memoryview(bytes(position - end)), end)
+                self._files.write(end, memoryview(bytes(position - end)))
             end = position + n_bytes
 
     # ----------------------------------------------------------------------------------------------------- the end
@@ -309,13 +318,11 @@ class OutputFile:
             if self._has_begun and not self.finished and not self.completed:
                 with contextlib.suppress(OSError, ResourceError):
                     self._check_alone()
-                    for path in (self.partial, self.journal):
-                        path.unlink(missing_ok=True)
+                    self._files.remove()
+                    self.journal.unlink(missing_ok=True)
         finally:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+            self._files.close()
             self._lock.release()

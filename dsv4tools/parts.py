@@ -87,6 +87,9 @@ def convert_part(
     """
     run = run or RunOptions()
     n_threads = choose_threads(run.threads)
+    if len(plan.files) > 1:
+        raise UsageError("--part", "is for an output of one file", hint="assemble it, then split it: dsv4tools convert "
+                         "OUT.gguf SET.gguf --policy keep --split-max-size SIZE")
     check_output(plan.checkpoint, out, overwrite=overwrite)
     path = part_path(out, part, parts)
     check_not_input(path, [shard.path for shard in plan.checkpoint.shards.values()])
@@ -108,7 +111,7 @@ def convert_part(
     output = OutputFile(path, n_bytes, identity, shard_states(plan), recheck=_recheck_at(plan, positions), run=run,
                         extents=lambda: ((positions[plan.position(u)], u.n_bytes) for u in units),
                         working_name=working_name)
-    check_space(path, n_bytes + BYTES_PER_UNIT * len(units), output.partial)
+    check_space(path, n_bytes + BYTES_PER_UNIT * len(units), output.partials)
     prepare(plan.kernels)
     self_test()
     with output:
@@ -356,7 +359,7 @@ def assemble(
             output.complete(header, _check_gguf)
         zeroed = _zeroed_by_tensor(out, units)
         if manifest is not None:
-            write_manifest(out, manifest, zeroed, stop=run.stop)
+            write_manifest([out], manifest, zeroed, stop=run.stop)
     paths = tuple(part.path for part in parts)
     return Assembly(out, total, paths, _find_leftovers(paths), zeroed)
 

@@ -15,6 +15,8 @@ from dsv4tools.errors import UsageError
 from dsv4tools.flags import rules_from_flags
 from dsv4tools.formats.codecs import USES_IMPORTANCE
 from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
+from dsv4tools.gguf.rules import DEFAULT_ALIGNMENT
+from dsv4tools.gguf.splits import split_kvs
 from dsv4tools.gguf.values import KV
 from dsv4tools.imatrix import HASH_KEY, ImatrixFile, assign_importance, open_imatrix, provenance
 from dsv4tools.policy import KEEP, Policy, decide_formats, load_policy
@@ -45,7 +47,7 @@ TEMPLATE_KEY = "dsv4tools.template"   # in header-only files, so that a truncate
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor of the output. `offset` counts from the start of the data section.
+    """One tensor of the output. `offset` counts from the start of the data section of its file, which is `part`.
 
     `importance` weighs its columns, where there is an importance matrix and its type uses one.
     """
@@ -56,6 +58,7 @@ class PlannedTensor:
     offset: int
     n_bytes: int
     importance: Importance | None = None
+    part: int = 0
 
     @property
     def name(self) -> str:
@@ -103,6 +106,19 @@ def tensor_units(planned: PlannedTensor) -> Iterator[Unit]:
 
 
 @dataclass(frozen=True)
+class PlannedFile:
+    """One file of the output: all of it, or a part of a split set.
+
+    `start` is where it begins if all files are laid out one after the other; `header` is all before its data section.
+    """
+
+    header: bytes = field(repr=False)
+    start: int
+    n_bytes: int
+    tensors: tuple[PlannedTensor, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a conversion will write.
 
@@ -132,25 +148,41 @@ class Plan:
     coverage: Coverage | None = None
 
     @cached_property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """The files of the output in order: one, unless `split_plan` has cut it."""
+        groups = [tuple(group) for _, group in itertools.groupby(self.tensors, key=lambda t: t.part)] or [()]
+        files: list[PlannedFile] = []
+        start = 0
+        for i, tensors in enumerate(groups):
+            marks = split_kvs(i, len(groups), len(self.tensors)) if len(groups) > 1 else []
+            # Later parts have no metadata of their own, so none that states another alignment.
+            alignment = DEFAULT_ALIGNMENT if i else self.template.alignment
+            infos = [TensorInfo(t.name, t.tensor.ne, t.format, t.offset) for t in tensors]
+            header = encode_header([*(() if i else self.kvs), *marks], infos, alignment)
+            n_bytes = len(header) + lay_out([t.n_bytes for t in tensors], alignment)[1]
+            files.append(PlannedFile(header, start, n_bytes, tensors))
+            start += n_bytes
+        return tuple(files)
+
+    @property
     def header(self) -> bytes:
-        """The file's bytes before its data section."""
-        infos = [TensorInfo(t.name, t.tensor.ne, t.format, t.offset) for t in self.tensors]
-        return encode_header(self.kvs, infos, self.template.alignment)
+        """The first file's bytes before its data section."""
+        return self.files[0].header
 
     @property
     def data_offset(self) -> int:
-        """Where the data section begins in the file."""
+        """Where the data section begins in the first file."""
         return len(self.header)
 
     @property
     def data_bytes(self) -> int:
-        """Tensor data with padding."""
-        return lay_out([t.n_bytes for t in self.tensors], self.template.alignment)[1]
+        """Tensor data with padding, of all files."""
+        return sum(file.n_bytes - len(file.header) for file in self.files)
 
     @property
     def total_bytes(self) -> int:
-        """Size of the output file."""
-        return len(self.header) + self.data_bytes
+        """Size of the output, all files together."""
+        return sum(file.n_bytes for file in self.files)
 
     @property
     def kernels(self) -> set[str]:
@@ -181,8 +213,9 @@ class Plan:
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
     def position(self, unit: Unit) -> int:
-        """Where a unit's bytes begin in the output file."""
-        return self.data_offset + unit.planned.offset + unit.start
+        """Where a unit's bytes begin in the output, all files laid out one after the other."""
+        file = self.files[unit.planned.part]
+        return file.start + len(file.header) + unit.planned.offset + unit.start
 
     @cached_property
     def n_units(self) -> int:

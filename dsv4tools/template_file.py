@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from dsv4tools.errors import UsageError
 from dsv4tools.files import pwrite_all
 from dsv4tools.gguf.header import TensorInfo, encode_header
 from dsv4tools.gguf.values import KV
@@ -32,6 +33,8 @@ def write_template(plan: Plan, path: Path, *, sparse: bool = False, overwrite: b
     ResourceError
         It cannot be written.
     """
+    if len(plan.files) > 1:
+        raise UsageError(path, f"would be the template of {len(plan.files)} files", hint="do not split the plan")
     check_output(plan.checkpoint, path, overwrite=overwrite)
     kvs = (*plan.kvs, KV(TEMPLATE_KEY, "bool", value=True))
     infos = [TensorInfo(t.name, t.tensor.ne, t.format, t.offset) for t in plan.tensors]

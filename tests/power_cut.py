@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4tools import files, journal, output
+from dsv4tools import files, journal, working
 
 if TYPE_CHECKING:
     import random
@@ -63,7 +63,7 @@ class Recorder:
         monkeypatch.setattr(os, "ftruncate", ftruncate)
         monkeypatch.setattr(os, "fsync", sync("fsync"))
         monkeypatch.setattr(os, "fdatasync", sync("fdatasync"))
-        monkeypatch.setattr(output, "preallocate", preallocate)
+        monkeypatch.setattr(working, "preallocate", preallocate)
 
     def _listen_to_names(self, monkeypatch) -> None:
         real_open, real_replace, real_unlink = os.open, Path.replace, Path.unlink

@@ -204,7 +204,7 @@ def test_progress_adds_up_and_the_header_comes_last(make_checkpoint, tmp_path):
 
 
 def test_a_header_that_was_written_wrongly_never_gets_the_final_name(make_checkpoint, tmp_path, monkeypatch):
-    module = sys.modules["dsv4tools.output"]
+    module = sys.modules["dsv4tools.working"]
     write = module.pwrite_all
 
     def corrupt(fd, buffer, position):

@@ -322,7 +322,7 @@ import os, sys
 import dsv4tools as dt
 source, out = sys.argv[1:]
 sys.modules["dsv4tools.plan"].MAX_UNIT_VALUES = 20_000
-sys.modules["dsv4tools.output"].preallocate = os.ftruncate
+sys.modules["dsv4tools.working"].preallocate = os.ftruncate
 def eat(n_bytes):
     try:
         with open(os.path.join(os.path.dirname(out), "filler"), "ab", 0) as f:
@@ -340,7 +340,7 @@ LIMITED = """
 import resource, sys
 import dsv4tools as dt
 source, out = sys.argv[1:]
-sys.modules["dsv4tools.output"].preallocate = lambda fd, n_bytes: None
+sys.modules["dsv4tools.working"].preallocate = lambda fd, n_bytes: None
 plan = dt.plan(dt.open_checkpoint(source))
 resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, resource.RLIM_INFINITY))
 try:

@@ -12,6 +12,7 @@ import pytest
 from small_output import HEADER, SmallOutput
 
 from dsv4tools import output as module
+from dsv4tools import working
 from dsv4tools.errors import Dsv4Error, InputError, Interrupted, ResourceError, UsageError, VerifyError
 from dsv4tools.journal import JournalWriter, read_journal
 from dsv4tools.output import discard_leftovers, was_completed, working_paths
@@ -110,7 +111,7 @@ class Trace:
     def __init__(self, monkeypatch) -> None:
         self.events: list[tuple[str, object]] = []
         for name in ("pwrite_all", "sync_data"):
-            self.spy(monkeypatch, module, name)
+            self.spy(monkeypatch, working, name)
         self.spy(monkeypatch, JournalWriter, "append")
         self.spy(monkeypatch, JournalWriter, "mark_complete")
 
@@ -164,14 +165,14 @@ def test_a_batch_ends_after_its_time(small, monkeypatch):
 def test_what_could_not_be_synced_is_never_listed(small, monkeypatch):
     """The system tells once that it has lost what it could not write; a second sync would find nothing wrong."""
     failures = [OSError(errno.EIO, "Input/output error")]
-    real = module.sync_data
+    real = working.sync_data
 
     def sync(fd):
         if failures:
             raise failures.pop()
         real(fd)
 
-    monkeypatch.setattr(module, "sync_data", sync)
+    monkeypatch.setattr(working, "sync_data", sync)
     with pytest.raises(ResourceError, match="Input/output error; run the same command again to continue"):
         small.convert()
     assert small.files() == []           # nothing was finished
@@ -384,7 +385,7 @@ def test_an_error_while_units_are_looked_at_loses_nothing(small, monkeypatch):
         raise OSError(errno.EBADF, "no more")
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "pread_all", fail)
+        patched.setattr(working, "pread_all", fail)
         with pytest.raises(ResourceError, match="no more"):
             small.convert()
     small.convert()
@@ -429,7 +430,7 @@ def test_restart_takes_another_plans_place(small):
 def vanish(output) -> None:
     """Close what a kill closes, and clean nothing up."""
     output._writer.close()
-    os.close(output._fd)
+    output._files.close()
     output._lock.release()
 
 
@@ -444,7 +445,7 @@ def test_restart_after_a_kill_at_its_worst_moment(small, monkeypatch):
 
     for name in ("preallocate", "pwrite_all"):
         with monkeypatch.context() as patched:
-            patched.setattr(module, name, die)
+            patched.setattr(working, name, die)
             patched.setattr(module.OutputFile, "_leave", vanish)
             with pytest.raises(SystemExit):
                 small.convert(restart=True)
@@ -593,7 +594,7 @@ def test_a_run_killed_behind_the_rename_is_known_to_be_complete(small, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "sync_directory", die)     # what follows the rename
+        patched.setattr(working, "sync_directory", die)     # what follows the rename
         with pytest.raises(KeyboardInterrupt):
             small.convert()
     assert small.files() == ["out.gguf", "out.gguf.journal"]
@@ -612,7 +613,7 @@ def test_another_file_is_not_taken_for_the_complete_one(small, monkeypatch, what
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "sync_directory" if what != "renamed by hand" else "pwrite_all", die)
+        patched.setattr(working, "sync_directory" if what != "renamed by hand" else "pwrite_all", die)
         if what == "renamed by hand":
             patched.undo()
             small.leave(6)
@@ -690,13 +691,13 @@ def test_no_room_leaves_nothing_of_a_new_run_and_all_of_an_old_one(small, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "preallocate", full)
+        patched.setattr(working, "preallocate", full)
         with pytest.raises(ResourceError, match=r"partial: cannot be written: the disk is full; run the same command"):
             small.convert()
         assert small.files() == []
         patched.undo()
         small.leave(4)
-        patched.setattr(module, "preallocate", full)
+        patched.setattr(working, "preallocate", full)
         with pytest.raises(ResourceError):
             small.convert()
     small.convert()
@@ -708,7 +709,7 @@ def test_a_file_system_that_reserves_nothing(small, monkeypatch):
         os.ftruncate(fd, n)
         return False
 
-    monkeypatch.setattr(module, "preallocate", sparse)
+    monkeypatch.setattr(working, "preallocate", sparse)
     small.leave(4)
     small.convert()
     assert whole(small)

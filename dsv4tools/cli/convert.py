@@ -34,7 +34,8 @@ from dsv4tools.options import RunOptions
 from dsv4tools.outfile import check_not_input
 from dsv4tools.parts import convert_part, parse_part
 from dsv4tools.requantize import list_changes
-from dsv4tools.sizes import format_bytes, format_seconds
+from dsv4tools.sizes import format_bytes, format_seconds, parse_bytes
+from dsv4tools.split_plan import output_paths, split_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,12 +57,14 @@ if TYPE_CHECKING:
               help="Also write the sha256 of every tensor, of all and of the file to M.")
 @click.option("--restart", is_flag=True, help="Do not continue an interrupted conversion, begin anew.")
 @click.option("--steal-lock", is_flag=True, help="Take the lock of a run that cannot be asked whether it still lives.")
+@click.option("--split-max-size", metavar="SIZE",
+              help="Write a split set of files of at most SIZE (40G, 500M, 32GiB): OUT-00001-of-0000N.gguf and so on.")
 @click.option("--part", metavar="I/N", help="Write only part I of N, for job arrays; `assemble` joins them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and write nothing.")
 @json_option
 def convert(source: Path | HubReference, out: Path | None, threads: int | None, overwrite: bool, manifest: Path | None,
-            restart: bool, steal_lock: bool, part: str | None, dry_run: bool, as_json: bool, engines: tuple[str, ...],
-            **options: Any) -> None:
+            restart: bool, steal_lock: bool, split_max_size: str | None, part: str | None, dry_run: bool, as_json: bool,
+            engines: tuple[str, ...], **options: Any) -> None:
     """Write a GGUF from SRC: a checkpoint directory, or a GGUF whose types or dialect are to change.
 
     Of a GGUF tensors that have their type already are copied, others decoded and encoded; values that were rounded
@@ -79,6 +82,7 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --dry-run
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --manifest flash.sha256
       dsv4tools convert DeepSeek-V4-Flash flash-4e.gguf --experts-per-token 4
+      dsv4tools convert DeepSeek-V4-Flash flash.gguf --split-max-size 40G
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --tensor-type blk.0=bf16 --engine llama.cpp
       dsv4tools convert from-llama.cpp.gguf for-ds4.gguf --policy mxfp4 --engine ds4
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --imatrix flash.imatrix.gguf
@@ -87,7 +91,10 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
     if chosen is not None and manifest is not None:
         raise UsageError("--manifest", "is for a whole file", hint="give it to `dsv4tools assemble`")
     asked = choose_engines(engines)
+    max_bytes = None if split_max_size is None else parse_bytes(split_max_size, "--split-max-size")
     plan = plan_from_options(source, **options)
+    if max_bytes is not None:
+        plan = split_plan(plan, max_bytes)
     verdicts = judge_plan(plan, asked)
     threads = threads or usable_cpus()
     out = out or Path(output_name(plan))
@@ -97,7 +104,8 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
         require_engines(plan, verdicts, asked)
         return
     inputs = (options["template_file"], options["imatrix"], Path(options["policy"]))
-    check_not_input(out, [f for f in inputs if f and f.is_file()])
+    for path in output_paths(plan, out):
+        check_not_input(path, [f for f in inputs if f and f.is_file()])
     if chosen is None:
         check_conversion(plan, out, threads=threads, overwrite=overwrite, manifest=manifest)
     if not as_json:
@@ -129,7 +137,8 @@ def _show_done(
     imatrix: Path | None,
 ) -> None:
     out = done.path
-    show(f"wrote {out}: {len(plan.tensors)} tensors, {format_bytes(done.n_bytes)} in {format_seconds(seconds)}")
+    files = f"{out} and {len(done.paths) - 1} more parts" if len(done.paths) > 1 else out
+    show(f"wrote {files}: {len(plan.tensors)} tensors, {format_bytes(done.n_bytes)} in {format_seconds(seconds)}")
     for name, n in done.zeroed.items():
         show(f"{n} values that are not finite were converted to 0 in {name}")
     if done.losses:
@@ -178,6 +187,9 @@ def _show_plan(plan: Plan, report: dict[str, object], verdicts: Sequence[Verdict
         show(f"  {c.change:<12} {c.n_tensors} tensors, {how}, {format_bytes(c.n_bytes)}")
     show(f"tensor data    {plan.data_bytes} bytes, {format_bytes(plan.data_bytes)}")
     show(f"output         {report['out']}, {plan.total_bytes} bytes, {format_bytes(plan.total_bytes)}")
+    if len(plan.files) > 1:
+        for path, file in zip(output_paths(plan, Path(str(report["out"]))), plan.files, strict=True):
+            show(f"  {path.name:<12} {len(file.tensors)} tensors, {file.n_bytes} bytes, {format_bytes(file.n_bytes)}")
     show(f"source         {plan.source_bytes} bytes to read, {format_bytes(plan.source_bytes)}; not hash-verified")
     free = report["free_bytes"]
     show(f"free space     {format_bytes(free) if isinstance(free, int) else 'unknown'}"

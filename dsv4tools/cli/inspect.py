@@ -10,7 +10,7 @@ from dsv4tools.cli.output import EPILOG, json_option, layer_list, shell_words, s
 from dsv4tools.cli.sources import open_argument, source_argument
 from dsv4tools.describe import describe_checkpoint, describe_gguf
 from dsv4tools.errors import InputError
-from dsv4tools.gguf.reader import scan_gguf
+from dsv4tools.gguf.splits import scan_whole
 from dsv4tools.hub.reference import HubReference
 from dsv4tools.sizes import format_bytes
 
@@ -35,7 +35,7 @@ def inspect(path: Path | HubReference, tensors: bool, as_json: bool) -> None:
         data = describe_checkpoint(open_argument(path))
         show_json(data) if as_json else _show_checkpoint(data)
         return
-    with scan_gguf(path, template=True) as file:
+    with scan_whole(path, template=True) as file:
         data = describe_gguf(file)
         errors = [f for f in file.findings if f.severity == "error"]
     if not data["tensors"] and errors:
@@ -78,8 +78,8 @@ def _show_checkpoint(data: dict[str, Any]) -> None:
 def _show_gguf(data: dict[str, Any], *, tensors: bool) -> None:
     experts = data["experts"]
     show(f"GGUF           {data['path']}{' (header only)' if data['header_only'] else ''}")
-    show(f"size           {format_bytes(data['n_bytes'])}, {data['n_tensors']} tensors, "
-         f"data at byte {data['data_offset']}")
+    where = f"in {len(data['files'])} files" if len(data["files"]) > 1 else f"data at byte {data['data_offset']}"
+    show(f"size           {format_bytes(data['n_bytes'])}, {data['n_tensors']} tensors, {where}")
     _show_types(data["types"])
     if experts["routed"]:
         _show_experts(experts)

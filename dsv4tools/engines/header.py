@@ -10,7 +10,7 @@ import numpy as np
 
 from dsv4tools.checkpoint import Config
 from dsv4tools.gguf.header import TensorInfo
-from dsv4tools.gguf.splits import open_split
+from dsv4tools.gguf.splits import open_split, split_kvs
 from dsv4tools.template.tables import load_tables
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class Header:
 def header_of_plan(plan: Plan) -> Header:
     """The header that a conversion would write."""
     tensors = {t.name: TensorInfo(t.name, t.tensor.ne, t.format, t.offset) for t in plan.tensors}
-    return Header({kv.key: kv for kv in plan.kvs}, tensors)
+    marks = split_kvs(0, len(plan.files), len(tensors)) if len(plan.files) > 1 else []
+    return Header({kv.key: kv for kv in (*plan.kvs, *marks)}, tensors)
 
 
 def header_of_file(file: GgufFile) -> Header:

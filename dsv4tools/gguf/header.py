@@ -44,6 +44,11 @@ class TensorInfo:
         return self.format.n_bytes(self.ne, self.name)
 
 
+def descriptor_bytes(tensor: TensorInfo) -> int:
+    """Bytes that a tensor's descriptor takes in a header: name, dimensions, type, offset."""
+    return 8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.ne) + 4 + 8
+
+
 def lay_out(sizes: Sequence[int], alignment: int = DEFAULT_ALIGNMENT) -> tuple[list[int], int]:
     """Offsets of tensors of `sizes` bytes, one after the other, each padded; and the bytes that they take in all.
 

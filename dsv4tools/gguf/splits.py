@@ -36,6 +36,12 @@ def split_name(prefix: str, index: int, count: int) -> str:
     return f"{prefix}-{index + 1:05d}-of-{count:05d}.gguf"
 
 
+def split_prefix(name: str) -> str:
+    """The NAME of a set that replaces a file called `name`: without ``.gguf``, and without the number of a part."""
+    match = _NAME.fullmatch(name)
+    return match["prefix"] if match else name.removesuffix(".gguf") or name
+
+
 def split_kvs(index: int, count: int, n_tensors: int) -> list[KV]:
     """The metadata of part `index` (from 0) of `count`; `n_tensors` counts those of all parts."""
     values = {_NO: index, _COUNT: count, _N_TENSORS: n_tensors}
@@ -126,9 +132,9 @@ def open_whole(path: str | os.PathLike[str], *, template: bool = False) -> GgufF
     return join_parts(file.path, open_split(path))
 
 
-def scan_whole(path: str | os.PathLike[str]) -> GgufFile:
+def scan_whole(path: str | os.PathLike[str], *, template: bool = False) -> GgufFile:
     """`scan_gguf`; where the file is a part of a set the whole set as one file, whose faults are findings too."""
-    file = scan_gguf(path)
+    file = scan_gguf(path, template=template)
     if not file.ok or not _is_part(file):
         return file
     try:

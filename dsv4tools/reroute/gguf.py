@@ -14,6 +14,7 @@ from dsv4tools.errors import Dsv4Error, InputError, ResourceError, UsageError, V
 from dsv4tools.files import preallocate, pwrite_all
 from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
 from dsv4tools.gguf.reader import open_gguf
+from dsv4tools.gguf.splits import SPLIT_KEYS, open_whole
 from dsv4tools.lock import OutputLock
 from dsv4tools.outfile import check_not_input, check_place, check_space, complete_file, explained, partial_path
 from dsv4tools.output import working_paths
@@ -53,7 +54,8 @@ def reroute_gguf(
     """Write the GGUF `source` with `experts_per_token` to `out`.
 
     ``expert_used_count`` and the tables ``ffn_gate_tid2eid`` change; every other entry and every other tensor's bytes
-    are those of `source`. Memory is one chunk. `out` has its name only when it is complete, checked and on disk.
+    are those of `source`, which may be any part of a split set: `out` is one file. Memory is one chunk. `out` has its
+    name only when it is complete, checked and on disk.
 
     Parameters
     ----------
@@ -63,7 +65,7 @@ def reroute_gguf(
     Raises
     ------
     UsageError
-        More experts than there are, or as many; `out` exists or is `source`; `source` is a template or part of a split.
+        More experts than there are, or as many; `out` exists or is `source`; `source` is a template.
     InputError
         `source` is no good GGUF of this architecture: tables and metadata disagree, an id is no expert.
     ResourceError
@@ -73,10 +75,10 @@ def reroute_gguf(
     """
     source, out = Path(source), Path(out)
     advance = progress or (lambda _: None)
-    with open_gguf(source) as file:
-        before = source.stat()
+    with open_whole(source) as file:
+        before = _states(file)
         plan = _make_plan(file, experts_per_token)
-        check_not_input(out, [source])
+        check_not_input(out, file.paths)
         check_place(out, overwrite=overwrite)
         check_space(out, plan.n_bytes)
         if announce is not None:
@@ -96,14 +98,19 @@ def reroute_gguf(
             with explained(partial):
                 pwrite_all(fd, memoryview(plan.header), 0)   # last: until now no reader takes the file for a GGUF
                 os.fsync(fd)
-            after = source.stat()
-            if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+            if before != _states(file):
                 raise VerifyError(source, "source changed while it was being read", hint="start again")
             _check_written(partial, plan, file)
             lock.check()
         effect = measure_effect(count_gguf(file.tensors.values()), plan.experts, plan.tables, plan.n_layers)
     return Rerouted(out, effect, tuple(plan.tables.values()), {out.name: "rewritten"}, plan.n_bytes,
                     tuple(describe_repeats(cutters.values())))
+
+
+def _states(file: GgufFile) -> list[tuple[int, int, int]]:
+    """What says cheaply that no file of the source was exchanged."""
+    states = [path.stat() for path in file.paths]
+    return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
 
 
 @contextlib.contextmanager
@@ -133,9 +140,6 @@ def _make_plan(file: GgufFile, experts_per_token: int) -> _Plan:
     if file.value(TEMPLATE_KEY) is True:
         raise UsageError(file.path, "is a template without weights",
                          hint=f"dsv4tools template SRC OUT.gguf --experts-per-token {experts_per_token} makes another")
-    if file.value("split.count", 0):
-        raise UsageError(file.path, f"is one of {file.value('split.count')} parts",
-                         hint="merge them first: llama-gguf-split --merge")
     used_key = f"{architecture}.expert_used_count"
     used, n_experts, n_layers = (_count(file, key) for key in (
         used_key, f"{architecture}.expert_count", f"{architecture}.block_count"))
@@ -146,7 +150,8 @@ def _make_plan(file: GgufFile, experts_per_token: int) -> _Plan:
         raise UsageError("--experts-per-token", f"is {experts_per_token}, the file routes each token to {used}: "
                          f"its tid2eid tables have no further columns", hint=f"choose 1 to {used - 1}")
     tables = _find_tables(file, n_layers, used)
-    kvs = tuple(replace(kv, value=experts_per_token) if kv.key == used_key else kv for kv in file.kvs.values())
+    kvs = tuple(replace(kv, value=experts_per_token) if kv.key == used_key else kv
+                for kv in file.kvs.values() if kv.key not in SPLIT_KEYS)
     changed = [replace(t, ne=(experts_per_token, *t.ne[1:])) if name in tables.values() else t
                for name, t in file.tensors.items()]
     offsets, n_data_bytes = lay_out([t.n_bytes for t in changed], file.alignment)

@@ -10,7 +10,7 @@ import hashlib
 import re
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -23,10 +23,11 @@ from dsv4tools.manifest import hash_file
 from dsv4tools.verify.report import ManifestCheck
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from dsv4tools.gguf.reader import GgufFile
+    from dsv4tools.gguf.splits import SplitFile
 
 MAX_MANIFEST_BYTES = 100_000_000
 _CHUNK_BYTES = 1 << 23
@@ -101,17 +102,27 @@ def read_manifest(path: Path, file_name: str) -> Manifest:
     InputError
         The manifest cannot be read, has a line of another form, two different hashes for one thing, or no hashes.
     """
+    by_file = _read_lines(path, [file_name])
+    if file_name not in by_file and len(by_file) > 1:
+        raise InputError(path, f"has hashes of {', '.join(sorted(by_file)[:3])}, none of {file_name}")
+    return by_file.get(file_name) or next(iter(by_file.values()))
+
+
+def _read_lines(path: Path, names: Sequence[str]) -> dict[str, Manifest]:
+    """What a manifest says of each file; `names` are of files that are expected. Errors of `read_manifest`."""
     lines = read_small_file(path, max_bytes=MAX_MANIFEST_BYTES).decode("utf-8", "surrogateescape").split("\n")
     by_file: dict[str, Manifest] = {}
-    whole_file = ""
+    whole_files: list[tuple[str, str]] = []   # with the file of the line before
+    file = ""
     for number, line in enumerate(lines, 1):
         text = line.rstrip("\r")
         found = _WHOLE_FILE.fullmatch(text)
-        whole_file = found[1] if found else whole_file
+        if found:
+            whole_files.append((file, found[1]))
         if not text.strip() or text.startswith("#"):
             continue
         algorithm, digest, name = _parse(text, f"{path}: line {number}")
-        file, tensor = _split_name(name, file_name)
+        file, tensor = _split_name(name, names)
         entry = by_file.setdefault(file, Manifest(path))
         key = algorithm if tensor is None else (algorithm, tensor)
         known: dict[object, str] = entry.payloads if tensor is None else entry.tensors  # type: ignore[assignment]  # one of two dicts, each with its own keys
@@ -119,11 +130,10 @@ def read_manifest(path: Path, file_name: str) -> Manifest:
             raise InputError(f"{path}: line {number}", f"has another {algorithm} of {name!r} than a line before")
     if not by_file:
         raise InputError(path, "has no hashes", hint="convert --manifest and llama-gguf-hash write manifests")
-    if file_name not in by_file and len(by_file) > 1:
-        raise InputError(path, f"has hashes of {', '.join(sorted(by_file)[:3])}, none of {file_name}")
-    manifest = by_file.get(file_name) or next(iter(by_file.values()))
-    manifest.whole_file = whole_file if len(by_file) == 1 else ""
-    return manifest
+    for file, digest in whole_files:
+        if file in by_file or len(by_file) == 1:
+            by_file.get(file, next(iter(by_file.values()))).whole_file = digest
+    return by_file
 
 
 def _parse(text: str, where: str) -> tuple[str, str, str]:
@@ -138,15 +148,39 @@ def _parse(text: str, where: str) -> tuple[str, str, str]:
     return algorithm, digest, line["name"]
 
 
-def _split_name(name: str, file_name: str) -> tuple[str, str | None]:
+def _split_name(name: str, names: Sequence[str]) -> tuple[str, str | None]:
     """File name without directories, and tensor (None: all payloads)."""
     base = re.split(r"[/\\]", name)[-1]
-    if base == file_name:
-        return base, None
-    if base.startswith(f"{file_name}:"):
-        return file_name, base[len(file_name) + 1 :]
+    for file_name in names:
+        if base == file_name:
+            return base, None
+        if base.startswith(f"{file_name}:"):
+            return file_name, base[len(file_name) + 1 :]
     file, colon, tensor = base.partition(":")
     return file, tensor if colon else None
+
+
+def check_set(
+    file: SplitFile, expected: Manifest, progress: Callable[[int], None] | None = None
+) -> tuple[ManifestCheck, list[Finding]]:
+    """`check_manifest` for a split set: part by part, or as one file where the manifest is of none of the parts.
+
+    InputError where it has hashes of some parts only.
+    """
+    names = [path.name for path in file.paths]
+    by_file = _read_lines(expected.path, names)
+    missing = [name for name in names if name not in by_file]
+    if len(missing) == len(names):   # the whole model's, before it was split: the tensors are the same
+        return check_manifest(file, expected, progress)
+    if missing:
+        raise InputError(expected.path, f"has no hashes of {', '.join(missing[:3])}, a part of the set")
+    n_right = n = 0
+    findings: list[Finding] = []
+    for part in file.parts:
+        check, found = check_manifest(part, by_file[part.path.name], progress)
+        n_right, n = n_right + check.n_right, n + check.n_hashes
+        findings += [replace(f, where=f"{part.path.name}: {f.where}") for f in found]
+    return ManifestCheck(expected.path, expected.algorithms, n_right, n), findings
 
 
 def check_manifest(

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from dsv4tools.engines import choose_engines, judge_file
 from dsv4tools.errors import UsageError
 from dsv4tools.gguf.reader import Finding, scan_gguf
-from dsv4tools.gguf.splits import scan_whole
+from dsv4tools.gguf.splits import SplitFile, scan_whole
 from dsv4tools.imatrix import ImatrixFile, open_imatrix
 from dsv4tools.plan import TEMPLATE_KEY, tensor_units
 from dsv4tools.sources import open_source
 from dsv4tools.template.tables import load_tables
 from dsv4tools.verify.behaviour import compare_behaviour
 from dsv4tools.verify.depth import look_deep
-from dsv4tools.verify.hashes import check_manifest, read_manifest
+from dsv4tools.verify.hashes import check_manifest, check_set, read_manifest
 from dsv4tools.verify.report import Report
 from dsv4tools.verify.sample import sample_units
 from dsv4tools.verify.source import compare_tensors, plan_comparison, select_tensors, view_as_in
@@ -102,7 +102,9 @@ def verify(
         work.announce(comparison.n_bytes + sum(file.tensors[name].n_bytes for name in deep_names)
                       + (sum(t.n_bytes for t in file.tensors.values()) if expected is not None else 0))
         if expected is not None:
-            report.manifest, findings = check_manifest(file, expected, work.progress)
+            report.manifest, findings = (
+                check_set(file, expected, work.progress) if isinstance(file, SplitFile)
+                else check_manifest(file, expected, work.progress))
             report.findings += findings
         if deep:
             report.depth, findings = look_deep(file, names, threads=work.threads, progress=work.progress)
