@@ -37,6 +37,8 @@ def plan_identity(plan: Plan) -> dict[str, Any]:
         "output bytes": plan.total_bytes,
         "template": hashlib.sha256(b"".join(file.header for file in plan.files)).hexdigest()[:16],
     }
+    if len(plan.files) > 1:
+        identity["files"] = f"{' + '.join(str(file.n_bytes) for file in plan.files)} bytes"
     for name, shard in plan.checkpoint.shards.items():
         identity[f"shard {name}"] = f"{shard.n_file_bytes} bytes, header {shard.header_sha256[:16]}"
     return identity

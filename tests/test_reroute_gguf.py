@@ -239,7 +239,7 @@ def test_templates_and_parts(six):
     assert "is a template without weights; dsv4tools template SRC" in refused(UsageError, six)
     rewrite(six, kvs=lambda kvs: {k: v for k, v in kvs.items() if k != "dsv4tools.template"}
             | {"split.count": KV("split.count", "u16", 3)})
-    assert "is one of 3 parts; merge them first" in refused(UsageError, six)
+    assert "says it is one of 3 parts, expected a name like NAME-00001-of-00003.gguf" in refused(InputError, six)
 
 
 def test_no_gguf_and_no_file(tmp_path):

@@ -41,7 +41,7 @@ def plan(source, **options):
     return dt.plan(dt.open_checkpoint(source), **options)
 
 
-def interrupt(a_plan, out, units=40, **options) -> int:
+def interrupt(a_plan, out, units=40, journal="", **options) -> int:
     """Convert and stop once so many units are written; how many are finished then: these, and those in hand."""
     stop, positions = StopRequest(), []
     real = output_module.OutputFile.write
@@ -56,7 +56,7 @@ def interrupt(a_plan, out, units=40, **options) -> int:
         patched.setattr(output_module.OutputFile, "write", write)
         with pytest.raises(Interrupted, match="run the same command again to continue"):
             dt.convert(a_plan, out, run=RunOptions(threads=2, stop=stop), **options)
-    finished = read_journal(out.with_name(out.name + ".journal")).units
+    finished = read_journal(out.with_name(journal or out.name + ".journal")).units
     assert set(positions) <= set(finished)
     return len(finished)
 

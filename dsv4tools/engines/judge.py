@@ -43,4 +43,4 @@ def _judge_container(profile: Profile, header: Header) -> Iterator[EngineFinding
     n_parts = header.values.get(SPLIT_COUNT, 0)
     if not profile.splits and isinstance(n_parts, int) and n_parts > 1:
         yield EngineFinding("refuse", SPLIT_COUNT, str(n_parts), "a single file", profile.messages.splits,
-                            remedy="merge the parts first: llama-gguf-split --merge")
+                            remedy="merge the parts first: dsv4tools convert PART OUT.gguf --policy keep")
