@@ -55,6 +55,12 @@ def reject(name: str, code: str, raw: bytes) -> Case:
     return Case(name, "reject", code, raw)
 
 
+# Bytes that 256 values take in each ggml type there is (ggml.h, ggml-common.h).
+BYTES_OF_256 = {
+    0: 1024, 1: 512, 2: 144, 3: 160, 6: 176, 7: 192, 8: 272, 9: 288, 10: 84, 11: 110, 12: 144, 13: 176, 14: 210, 15: 292,
+    16: 66, 17: 74, 18: 98, 19: 50, 20: 144, 21: 110, 22: 82, 23: 136, 24: 256, 25: 512, 26: 1024, 27: 2048, 28: 2048,
+    29: 56, 30: 512, 34: 54, 35: 66, 39: 136, 40: 144, 41: 36, 42: 72,
+}
 NESTED = struct.pack("<IQ", ARR, 1)
 
 
@@ -139,7 +145,7 @@ CASES = [
     reject("product-wraps-to-0", "tensor-too-big", one(ne=(2**33, 2**31))),
     reject("product-wraps-to-1", "tensor-too-big", one(ne=(2**32 + 1, 2**32 - 1, 2**32, 2**32), type_id=T_I8)),
     reject("product-wraps-before-a-zero", "tensor-too-big", one(ne=(2**33, 2**31, 0), data=b"")),
-    reject("TENSORS_BAD_TYPE", "tensor-type", one(type_id=42)),
+    reject("TENSORS_BAD_TYPE", "tensor-type", one(type_id=43)),
     reject("tensor-type-99", "tensor-type", one(type_id=99)),
     reject("tensor-type-minus-1", "tensor-type", one(type_id=-1)),
     *(reject(f"tensor-type-removed-{i}", "tensor-type", one(type_id=i)) for i in (4, 5, 31, 32, 33, 36, 37, 38)),
@@ -153,6 +159,7 @@ CASES = [
     reject("TENSORS_DUPLICATE_NAME", "name-duplicate", gguf((), [tensor("a"), tensor("a", offset=32)], bytes(64))),
     reject("row-255-of-Q4_K", "tensor-row", one(data=bytes(160), ne=(255,), type_id=T_Q4_K)),
     reject("row-128x2-of-Q4_K", "tensor-row", one(data=bytes(160), ne=(128, 2), type_id=T_Q4_K)),
+    *(accept(f"tensor-type-{i}", one(data=bytes(n + -n % 32), ne=(256,), type_id=i)) for i, n in BYTES_OF_256.items()),
     accept("row-256-of-Q4_K", one(data=bytes(160), ne=(256,), type_id=T_Q4_K)),
     reject("TENSORS_BAD_ALIGN", "alignment", one(kvs=(alignment(13),), align=13, data=bytes(39))),
     reject("TENSORS_INCONSISTENT_ALIGN", "tensor-offset", gguf(

@@ -488,6 +488,9 @@ def test_llama_cpp_takes_each_key_in_one_type(key, seen):
     ("tokenizer.ggml.tokens", ["a"] * 129280, "GGML_ASSERT(id_to_token.size() == token_to_id.size()) failed"),
     ("tokenizer.ggml.token_type", [1] * 500, "Index out of array bounds for toktypes (500 < 129280)"),
     ("general.architecture", "deepseek41", "unknown model architecture: 'deepseek41'"),
+    (P + "attention.compress_ratios", [0, 0, 4] * 200, "GGML_ASSERT(n_compress_ratios <= LLAMA_MAX_LAYERS) failed"),
+    (P + "expert_count", 1025, "GGML_ASSERT(hparams.n_expert <= LLAMA_MAX_EXPERTS) failed"),
+    (P + "nextn_predict_layers", 44, "GGML_ASSERT(hparams.n_layer_nextn <= hparams.n_layer_all) failed"),
 ])  # fmt: skip
 def test_values_that_llama_cpp_refuses(key, value, message, seen):
     found = refusal(LLAMA, changed(seen, key, value))
@@ -512,6 +515,47 @@ def test_models_that_llama_cpp_cannot_run(make_checkpoint):
         name = "-".join(fields)
         header = header_of_plan(dt.plan(dt.open_checkpoint(make_checkpoint(name, **fields))))
         assert trap(LLAMA, header).where == P + key
+
+
+@pytest.mark.parametrize(("key", "kind", "item", "message"), [
+    ("attention.head_count", "arr", "u64", "{key} has wrong array element type u64"),
+    ("attention.compress_ratios", "arr", "f32", "{key} has wrong array element type f32"),
+    ("attention.compress_ratios", "arr", "i16", "{key} is not a string/float32/uint32/int32/uint64 array"),
+    ("swiglu_clamp_exp", "arr", "i32", "{key} has wrong array element type i32"),
+    ("expert_feed_forward_length", "u64", None, "key {key} has wrong type u64 but expected type u32"),
+    ("feed_forward_length", "f32", None, "key {key} has wrong type f32 but expected type u32"),
+    ("rope.scaling.finetuned", "u32", None, "key {key} has wrong type u32 but expected type bool"),
+    ("rope.scaling.attn_factor", "f64", None, "key {key} has wrong type f64 but expected type f32"),
+    ("general.name", "u32", None, "key {key} has wrong type u32 but expected type str"),
+    ("general.file_type", "i32", None, "key {key} has wrong type i32 but expected type u32"),
+    ("tokenizer.ggml.eot_token_id", "i32", None, "key {key} has wrong type i32 but expected type u32"),
+    ("tokenizer.ggml.scores", "arr", "f64", "invalid gguf type for {key}"),
+])  # fmt: skip
+def test_what_llama_cpp_says_of_a_type(key, kind, item, message, seen):
+    """Messages that release v0.5.0 was seen to print."""
+    key = key if key.startswith(("general", "tokenizer")) else P + key
+    value = [1] * 43 if item else 1
+    found = refusal(LLAMA, changed(seen, key, value, kind, item))
+    assert (found.where, found.message) == (key, message.format(key=key))
+
+
+def test_keys_that_llama_cpp_takes_for_each_layer(seen):
+    for key, value in (("expert_feed_forward_length", 2048), ("attention.head_count", 64), ("expert_used_count", 6)):
+        assert verdict(LLAMA, changed(seen, P + key, [value] * 43, "arr", "i32")).ok
+        assert refusal(LLAMA, changed(seen, P + key, [value] * 42, "arr", "i32")).message == \
+            f"key {P + key} has wrong array length; expected 43, got 42"
+
+
+def test_tokens_that_llama_cpp_replaces(seen):
+    assert trap(LLAMA, changed(seen, "tokenizer.ggml.bos_token_id", 129280)).where == "tokenizer.ggml.bos_token_id"
+    assert trap(LLAMA, changed(seen, "tokenizer.ggml.pre", "")).where == "tokenizer.ggml.pre"
+    scores = changed(seen, "tokenizer.ggml.scores", [0.0] * 7, "arr", "f32")
+    assert refusal(LLAMA, scores).message == "Index out of array bounds for scores (7 < 129280)"
+
+
+def test_llama_cpp_divides_by_the_number_of_groups(seen):
+    found = refusal(LLAMA, changed(seen, P + "attention.output_group_count", 0))
+    assert (found.found, found.effect) == ("0", "it divides by it: the process ends")
 
 
 def test_a_pre_tokenizer_of_the_same_rules(seen):
@@ -658,7 +702,7 @@ def test_dimensions(name, ne, message, seen):
     header = reshaped(seen, name, ne)
     for engine in DS4S:
         assert refusal(engine, header).message == f"tensor {name} {message}"
-    got, expected = (", ".join(map(str, t)) for t in (ne, seen.tensors[name].ne))
+    got, expected = (", ".join(f"{n:6}" for n in t) for t in ((*ne, 1, 1, 1)[:4], seen.tensors[name].ne))
     assert refusal(LLAMA, header).message == \
         f"check_tensor_dims: tensor '{name}' has wrong shape; expected {expected}, got {got}"
 
@@ -681,7 +725,8 @@ def test_columns_must_be_the_experts_per_token(stated, columns, engines, seen):
         assert (found.where, found.n) == (name, 3)
         assert found.message == (
             f"tensor {name} has dim[0]={columns}, expected {stated}" if engine != LLAMA else
-            f"check_tensor_dims: tensor '{name}' has wrong shape; expected {stated}, 129280, got {columns}, 129280")
+            f"check_tensor_dims: tensor '{name}' has wrong shape; expected      {stated}, 129280, got      {columns}, "
+            "129280,      1,      1")
 
 
 def pairs_of(engine, seen, gate, down, severity):

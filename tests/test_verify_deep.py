@@ -76,8 +76,8 @@ def test_many_blocks_are_counted_and_the_first_named(edit, tmp_path):
     assert by_name[Q_B].endswith("; 39 more such blocks: 101, 102, 103, 104, 105, 106, 107 ...")
 
 
-# Q1_0 is younger than gguf-py's decoders; Q8_1 and Q8_K are no types of files.
-@pytest.mark.parametrize("kind", sorted(set(SCALE_FIELDS) - {"Q1_0", "Q8_1", "Q8_K", "MXFP4"}))
+# Q1_0 and Q2_0 are younger than gguf-py's decoders; Q8_1 and Q8_K are no types of files; IQ1_M's scale is in pieces.
+@pytest.mark.parametrize("kind", sorted(set(SCALE_FIELDS) - {"Q1_0", "Q2_0", "Q8_1", "Q8_K", "MXFP4", "IQ1_M"}))
 def test_scales_lie_where_gguf_py_reads_them(kind):
     """0x7F as the high byte of an F16 makes it NaN, and with it every value of the block; elsewhere it makes none."""
     target = FORMATS[kind]
@@ -89,6 +89,22 @@ def test_scales_lie_where_gguf_py_reads_them(kind):
     assert finite.all(axis=1).sum() == target.block_bytes - len(spoiled)
     inside = [at for at in range(target.block_bytes) if find_field(target, at) is not None]
     assert inside == [f.offset + i for f in SCALE_FIELDS[kind] for i in (0, 1)]
+
+
+@pytest.mark.parametrize("bits", [0x7C00, 0xFC00, 0x7E01, 0x7BFF, 0x0001, 0x8000, 0x3C5A])
+def test_the_scale_of_iq1_m_is_in_four_pieces(bits):
+    rng = np.random.default_rng(bits)
+    blocks = rng.integers(0, 256, (3, 56), np.uint8)
+    words = blocks[:, 48:].view("<u2")
+    words[:] &= 0x0FFF
+    words[0] |= 0x0000
+    words[1] |= np.array([(bits >> 4 * i & 15) << 12 for i in range(4)], np.uint16)
+    counts = check_scales(blocks.reshape(-1), FORMATS["IQ1_M"])
+    finite = np.isfinite(decode("IQ1_M", blocks)).all(axis=1)
+    assert finite.tolist() == [True, bits & 0x7FFF < 0x7C00, True]
+    assert [block for block, _ in counts.faults] == np.flatnonzero(~finite).tolist()
+    assert counts.n_zero == 2 + (bits & 0x7FFF == 0)
+    assert counts.n_subnormal == (0 < bits & 0x7FFF < 0x400)
 
 
 def decode(kind, blocks):

@@ -50,6 +50,7 @@ CHECKS: dict[str, Comparison] = {
     "contains": Comparison(lambda v, of: of in v, "{of} among them", whole=True),
     "unique": Comparison(lambda v, _: len(set(v)) == len(v), "no item twice", whole=True),
     "length": Comparison(lambda v, of: len(v) == of, "{of} items", whole=True),
+    "length_at_most": Comparison(lambda v, of: len(v) <= of, "at most {of} items", whole=True),
     "length_at_least": Comparison(lambda v, of: len(v) >= of, "at least {of} items", whole=True),
 }
 

@@ -84,6 +84,7 @@ def read_dimensions(header: Header, profile: Profile) -> Config | None:
         value = header.values.get(f"{tables.architecture}.{row.key}")
         if isinstance(value, list) and name in whole and len(set(map(repr, value))) == 1:
             value = value[0]   # one and the same for each layer
+            value = int(value) if isinstance(value, bool) else value   # llama.cpp counts with them
         if name in whole and values[name] is None and type(value) is int and value >= 0:
             values[name] = value
         elif name == "compress_ratios" and isinstance(value, list):

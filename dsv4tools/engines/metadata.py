@@ -44,8 +44,10 @@ class Metadata:
             self.values[key] = self.header.values[key]
         elif kv is not None and reader.wrong_type:
             by_item = bool(kv.type == "arr" and reader.wrong_item)
-            message = (reader.wrong_item if by_item else reader.wrong_type).format(
-                key=key, name=name, found=kv.item_type if by_item else kv.type, expected=reader.types[0])
+            unknown = bool(reader.unknown_item) and kv.item_type not in self.profile.known_items
+            text = reader.wrong_type if not by_item else reader.unknown_item if unknown else reader.wrong_item
+            message = text.format(key=key, name=name, found=kv.item_type if by_item else kv.type,
+                                  expected=reader.types[0])
             yield EngineFinding("refuse", key, value_type(kv), expected, message, remedy=remedy)
         elif rule.absent == "refuse":
             found = "missing" if kv is None else value_type(kv)

@@ -34,14 +34,15 @@ class Reader:
     """How the engine reads values of a kind.
 
     `types` are what it takes, arrays as ``arr[i32]``. `missing` is what it says where there is no such key. Where the
-    type is another it says `wrong_type`, or for an array of another item type `wrong_item`; without `wrong_type` it
-    goes on as if the key were absent.
+    type is another it says `wrong_type`; for an array of another item type `wrong_item`, or `unknown_item` where that
+    type is none of the profile's `known_items`. Without `wrong_type` it goes on as if the key were absent.
     """
 
     types: tuple[str, ...]
     missing: str = ""
     wrong_type: str = ""
     wrong_item: str = ""
+    unknown_item: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,12 @@ class Profile:
     trailing_ones:
         Whether dimensions of 1 at the end make no difference.
     reshaped:
-        Globs of tensors of which only the number of values and the first dimension count.
+        Globs of tensors of which only the number of values counts.
+    known_items:
+        Item types of arrays that it has a word for.
+    shape_width:
+        Characters that a dimension takes in its message about a shape, which then names all four of what it found; 0: as
+        many as it has, and no more dimensions.
     """
 
     name: str
@@ -174,6 +180,8 @@ class Profile:
     unknown_types: tuple[str, ...] = ()
     trailing_ones: bool = False
     reshaped: tuple[str, ...] = ()
+    known_items: tuple[str, ...] = tuple(VALUE_TYPES)
+    shape_width: int = 0
     shape: tuple[Shape, ...] = ()
     check: tuple[Check, ...] = ()
     optional: tuple[OptionalTensor, ...] = ()
@@ -272,7 +280,7 @@ def _row(kind: type[_Row], raw: object, where: str) -> _Row:
 def _fits(value: object, kind: str) -> bool:
     if kind == "Severity":
         return value in SEVERITIES
-    simple: dict[str, type] = {"str": str, "bool": bool}
+    simple: dict[str, type] = {"str": str, "bool": bool, "int": int}
     if kind in simple:
         return type(value) is simple[kind]
     if kind.startswith("dict["):
@@ -297,6 +305,7 @@ def _check_profile(profile: Profile, path: Path) -> None:
     formats = [*profile.unknown_types, *(t for r in profile.tensor for t in r.types),
                *(t for e in profile.experts for pair in e.pairs for t in pair)]
     value_types = [t.removeprefix("arr[").removesuffix("]") for r in profile.readers.values() for t in r.types]
+    value_types += profile.known_items
     known: list[tuple[str, Iterable[str], Collection[str]]] = [
         ("reader", (r.reader for r in profile.metadata), profile.readers),
         ("absent", absent, ("", *SEVERITIES)),
@@ -313,7 +322,7 @@ def _check_profile(profile: Profile, path: Path) -> None:
                 raise InputError(path, f"unknown {what} {name!r}, known are {', '.join(map(repr, allowed))}")
     words = MESSAGE_WORDS | {key.replace(".", "_") for s in profile.shape for key in s.values}
     texts = [getattr(profile.messages, f.name) for f in fields(Messages)]
-    texts += [t for r in profile.readers.values() for t in (r.missing, r.wrong_type, r.wrong_item)]
+    texts += [t for r in profile.readers.values() for t in (r.missing, r.wrong_type, r.wrong_item, r.unknown_item)]
     texts += [*(c.message for c in profile.check), *(r.message for r in profile.tensor)]
     for text in texts:
         _check_message(text, words, path)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dsv4tools.engines.checks import either
 from dsv4tools.engines.metadata import CONVERT_AGAIN
 from dsv4tools.engines.verdict import EngineFinding, Severity
+from dsv4tools.gguf.rules import MAX_DIMS
 from dsv4tools.template.symbols import model_sizes
 from dsv4tools.template.tables import load_tables
 from dsv4tools.template.tensors import expand_rows
@@ -117,7 +118,7 @@ def _judge_dims(profile: Profile, row: str, info: TensorInfo, ne: tuple[int, ...
     if profile.trailing_ones:
         found, expected = _without_ones(found), _without_ones(expected)
     if profile.reshaped and _any_of(profile.reshaped).match(info.name):
-        found, expected = (found[0], prod(found)) if found else (), (expected[0], prod(expected))
+        found, expected = (prod(found),), (prod(expected),)
     if found == expected:
         return
     text = profile.messages
@@ -125,7 +126,7 @@ def _judge_dims(profile: Profile, row: str, info: TensorInfo, ne: tuple[int, ...
         message = text.n_dims.format(tensor=info.name, found=len(found), expected=len(expected))
     else:
         axis = next((i for i, (f, e) in enumerate(zip(found, expected, strict=False)) if f != e), 0)
-        values = (info.ne[axis], ne[axis]) if text.n_dims else (_listed(info.ne), _listed(ne))
+        values = (info.ne[axis], ne[axis]) if text.n_dims else _in_its_words(profile, info.ne, ne)
         message = text.dims.format(tensor=info.name, axis=axis, found=values[0], expected=values[1])
     yield ("dims", row, info.ne), EngineFinding(
         "refuse", info.name, f"[{_listed(info.ne)}]", f"[{_listed(ne)}]", message,
@@ -138,8 +139,14 @@ def _without_ones(ne: tuple[int, ...]) -> tuple[int, ...]:
     return ne
 
 
-def _listed(ne: Sequence[int]) -> str:
-    return ", ".join(map(str, ne))
+def _in_its_words(profile: Profile, found: Sequence[int], expected: Sequence[int]) -> tuple[str, str]:
+    width = profile.shape_width
+    whole = (*found, *[1] * (MAX_DIMS - len(found))) if width else found
+    return _listed(whole, width), _listed(expected, width)
+
+
+def _listed(ne: Sequence[int], width: int = 0) -> str:
+    return ", ".join(f"{n:{width}}" for n in ne)
 
 
 def _judge_experts(profile: Profile, header: Header, config: Config) -> Iterator[_Found]:

@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from dsv4tools.formats.table import Format
 
 _NAN_E8M0 = 255
-_INFINITY = {"f16": 0x7C00, "f32": 0x7F800000}
-_MAGNITUDE = {"f16": 0x7FFF, "f32": 0x7FFFFFFF}   # all bits but the sign
-_SMALLEST = {"f16": 0x0400, "f32": 0x00800000}    # normal number
+_INFINITY = {"f16": 0x7C00, "f32": 0x7F800000, "nibbles": 0x7C00}
+_MAGNITUDE = {"f16": 0x7FFF, "f32": 0x7FFFFFFF, "nibbles": 0x7FFF}   # all bits but the sign
+_SMALLEST = {"f16": 0x0400, "f32": 0x00800000, "nibbles": 0x0400}    # normal number
 _N_NAMED = 8   # blocks that are named; the rest is counted
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleField:
-    """One scale of a block: its name in ggml, its byte in the block, its number format (f16, f32 or e8m0)."""
+    """One scale of a block: its name in ggml, its byte in the block, and how it is stored.
+
+    As f16, f32 or e8m0, or as IQ1_M has it: a float16 in the highest four bits of each of four words.
+    """
 
     name: str
     offset: int
@@ -34,21 +37,21 @@ class ScaleField:
     @property
     def n_bytes(self) -> int:
         """Bytes that it takes."""
-        return {"f16": 2, "f32": 4, "e8m0": 1}[self.kind]
+        return {"f16": 2, "f32": 4, "e8m0": 1, "nibbles": 8}[self.kind]
 
 
 def _at(**offsets: int) -> tuple[ScaleField, ...]:
     return tuple(ScaleField(name, offset) for name, offset in offsets.items())
 
 
-# Types that are missing have no block scale, or (IQ1_M, NVFP4) one of another make.
+# Types that are missing have no block scale, or (NVFP4) one that is finite whatever its bits are.
 SCALE_FIELDS: dict[str, tuple[ScaleField, ...]] = {
     "Q4_0": _at(d=0), "Q4_1": _at(d=0, m=2), "Q5_0": _at(d=0), "Q5_1": _at(d=0, m=2), "Q8_0": _at(d=0),
     "Q8_1": _at(d=0, s=2), "Q2_K": _at(d=80, dmin=82), "Q3_K": _at(d=108), "Q4_K": _at(d=0, dmin=2),
     "Q5_K": _at(d=0, dmin=2), "Q6_K": _at(d=208), "Q8_K": (ScaleField("d", 0, "f32"),), "IQ2_XXS": _at(d=0),
     "IQ2_XS": _at(d=0), "IQ3_XXS": _at(d=0), "IQ1_S": _at(d=0), "IQ4_NL": _at(d=0), "IQ3_S": _at(d=0),
     "IQ2_S": _at(d=0), "IQ4_XS": _at(d=0), "TQ1_0": _at(d=52), "TQ2_0": _at(d=64),
-    "MXFP4": (ScaleField("e", 0, "e8m0"),), "Q1_0": _at(d=0),
+    "MXFP4": (ScaleField("e", 0, "e8m0"),), "Q1_0": _at(d=0), "Q2_0": _at(d=0), "IQ1_M": (ScaleField("d", 48, "nibbles"),),
 }  # fmt: skip
 
 
@@ -127,18 +130,28 @@ def not_finite(data: NDArray[np.uint8], target: Format) -> NDArray[np.bool_]:
 
 
 def _magnitude(stored: NDArray[np.uint8], each: ScaleField) -> NDArray[np.unsignedinteger]:
-    bits: NDArray[np.unsignedinteger] = stored.view(f"<u{each.n_bytes}")[:, 0]
+    bits: NDArray[np.unsignedinteger] = \
+        _join_nibbles(stored) if each.kind == "nibbles" else stored.view(f"<u{each.n_bytes}")[:, 0]
     return np.bitwise_and(bits, bits.dtype.type(_MAGNITUDE[each.kind]))
+
+
+def _join_nibbles(stored: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """The bits of float16 whose four nibbles, the lowest first, stand highest in the four words of each row."""
+    words = stored.view("<u2") >> 12
+    bits: NDArray[np.uint16] = (words << np.arange(0, 16, 4, dtype=np.uint16)).sum(axis=1, dtype=np.uint16)
+    return bits
 
 
 def _describe(block: NDArray[np.uint8], target: Format) -> str:
     wrong = []
     for each in SCALE_FIELDS[target.name]:
         raw = block[each.offset : each.offset + each.n_bytes].tobytes()
+        if each.kind == "nibbles":
+            raw = _join_nibbles(np.frombuffer(raw, np.uint8)[None]).astype("<u2").tobytes()
         if each.kind == "e8m0":
             value = np.nan if raw[0] == _NAN_E8M0 else 1.0
         else:
-            value = float(np.frombuffer(raw, "<f2" if each.kind == "f16" else "<f4")[0])
+            value = float(np.frombuffer(raw, "<f4" if each.kind == "f32" else "<f2")[0])
         if not np.isfinite(value):
             wrong.append(f"{each.name} is {'NaN' if np.isnan(value) else 'infinite'}")
     return " and ".join(wrong)

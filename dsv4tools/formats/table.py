@@ -92,6 +92,7 @@ _ROWS = (
     Format("MXFP4", 39, 32, 17, 38),
     Format("NVFP4", 40, 64, 36, 39),
     Format("Q1_0", 41, 128, 18, 40),
+    Format("Q2_0", 42, 64, 18, 41),
 )
 
 FORMATS: dict[str, Format] = {f.name: f for f in _ROWS}

@@ -127,6 +127,11 @@ def _look(piece: _Piece, data: NDArray[np.uint8], room: NDArray[np.float32], lim
         if len(bad):
             text = f"routes to expert {ids[bad[0]]}, expected 0 to {limit - 1}"
             found.bad, found.n_bad = (piece.first_block + int(bad[0]), text), len(bad)
+    if target.name == "F64":   # nothing of a model is, so it is looked at and not measured
+        odd = np.flatnonzero(~np.isfinite(data.view("<f8")))
+        if len(odd):
+            found.bad = piece.first_block + int(odd[0]), _not_finite(data.view("<f8")[odd[0]])
+            found.n_bad = len(odd)
     if target.name not in DECODABLE:
         return found
     step = max(1, CHUNK_VALUES // target.block_values)
@@ -142,10 +147,13 @@ def _look(piece: _Piece, data: NDArray[np.uint8], room: NDArray[np.float32], lim
             bad = np.flatnonzero(~np.isfinite(values))
             at = int(bad[0])
             found.n_bad += len(bad)
-            text = f"is {'NaN' if np.isnan(values[at]) else 'infinite'}"
-            found.bad = found.bad or ((piece.first_block + first) * target.block_values + at, text)
+            found.bad = found.bad or ((piece.first_block + first) * target.block_values + at, _not_finite(values[at]))
     found.values = meter.result()
     return found
+
+
+def _not_finite(value: float | np.floating) -> str:
+    return f"is {'NaN' if np.isnan(value) else 'infinite'}"
 
 
 class _Total:
