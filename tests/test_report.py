@@ -74,7 +74,7 @@ def check_harmless(page):
     attributes = {name for e in root.iter() for name in e.attrib}
     assert attributes <= {
         "lang", "charset", "name", "content", "http-equiv", "class", "width", "height", "viewBox", "role", "x", "y",
-        "rx", "d", "text-anchor",
+        "rx", "d", "text-anchor", "preserveAspectRatio",
     }  # fmt: skip
     without = page.replace("http://www.w3.org/1999/xhtml", "").replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?:|//|url\(|@import|javascript:", without.replace("</", "").replace(" />", ""))
@@ -115,7 +115,8 @@ def test_the_page_of_a_wrong_file(wrong_report, wrong_page):
 
 def test_the_map_has_every_tensor_once(wrong_report, wrong_page):
     _, div, _ = section(parse(wrong_page), "Error map")
-    (svg,) = div
+    labels, (svg,) = div   # a map of its own for the labels, and one that is scrolled
+    assert [text_of(e) for e in labels][:2] == ["token_embd", "output"]
     titles = [t.text for g in svg.iter(f"{SVG}g") for t in g.iter(f"{SVG}title")]
     assert sorted(t.split(" ")[0] for t in titles) == sorted(t.name for t in wrong_report.tensors)
     by_name = {t.split(" ")[0]: t for t in titles}

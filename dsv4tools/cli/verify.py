@@ -132,11 +132,20 @@ def _show(report: Report) -> None:
         m = report.manifest
         show(f"manifest {m.path}: {m.n_right:,} of {m.n_hashes:,} hashes agree ({', '.join(m.algorithms)})")
     _show_behaviour(report)
-    show_verdicts(report.engines)
+    _show_engines(report)
     verdict = "right" if report.ok else "NOT right"
     detail = f"{report.n_errors} error{'s' if report.n_errors > 1 else ''}" if report.n_errors else \
         f"{report.n_tensors} tensors, {format_bytes(report.n_file_bytes)}"
     show(f"{report.path}: {verdict}: {detail}")
+
+
+def _show_engines(report: Report) -> None:
+    asked = [v for v in report.engines if v.engine in report.deciding]
+    others = [v for v in report.engines if v.engine not in report.deciding]
+    show_verdicts(asked)
+    if others:
+        show("other engines, which do not decide:" if asked else "engines, none of which decides without --engine NAME:")
+        show_verdicts(others)
 
 
 def _show_tensors(report: Report) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from dsv4tools.errors import InputError, UsageError
 from dsv4tools.gguf.reader import Finding, GgufFile, open_gguf, scan_gguf
+from dsv4tools.gguf.rules import ALIGNMENT_KEY
 from dsv4tools.gguf.values import KV
 
 if TYPE_CHECKING:
@@ -54,34 +55,75 @@ def open_split(path: str | os.PathLike[str]) -> list[GgufFile]:
     Raises
     ------
     InputError
-        A part is missing or no good GGUF, its name and its metadata disagree, the parts disagree with each other,
-        or a later part has metadata of its own.
+        With the first fault that `scan_split` finds.
+    """
+    parts, findings = scan_split(path)
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        _close(parts)
+        name, _, place = errors[0].where.partition(": ")
+        where = Path(path).with_name(name)
+        at = "" if errors[0].offset is None else f" (byte {errors[0].offset})"
+        hint = f"{len(errors) - 1} more errors in this set" if errors[1:] else ""
+        raise InputError(f"{where}: {place}" if place else where, errors[0].message + at, hint=hint)
+    return parts
+
+
+def scan_split(path: str | os.PathLike[str]) -> tuple[list[GgufFile], list[Finding]]:
+    """The parts of the set that `path` is a part of, as many as there are, and all that is wrong with them.
+
+    Each finding names the part's file before the place in it. Errors beyond those of the parts themselves: a part is
+    missing, its name and its metadata disagree, the parts disagree with each other, or a later part has metadata of its
+    own. Raises ResourceError where reading fails.
     """
     path = Path(path)
     match = _NAME.fullmatch(path.name)
     if match is None:
-        return [_open_single(path)]
+        return _scan_single(path)
     prefix, number, count = match["prefix"], int(match["number"]), int(match["count"])
     if not 1 <= number <= count <= MAX_SPLITS:
-        raise InputError(path, f"is named part {number} of {count}, expected 1 to count, count up to {MAX_SPLITS}")
+        message = f"is named part {number} of {count}, expected 1 to count, count up to {MAX_SPLITS}"
+        return [], [_error(path.name, message)]
     # The name decides where to look before any file is believed: a count in metadata cannot send us astray.
     paths = [path.with_name(split_name(prefix, index, count)) for index in range(count)]
     missing = [p.name for p in paths if not p.exists()]
+    findings = []
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise InputError(path, f"parts are missing: {', '.join(missing[:3])}{more}")
+        findings.append(_error(path.name, f"parts are missing: {', '.join(missing[:3])}{more}"))
     parts: list[GgufFile] = []
     try:
         for index, part_path in enumerate(paths):
-            part = open_gguf(part_path)
-            parts.append(part)
-            _check_part(part, index, count)
-        _check_set(parts)
+            if part_path.name in missing:
+                continue
+            part, faults = _scan_part(part_path, index, count)
+            findings += faults
+            if part is not None:
+                parts.append(part)
+        if len(parts) == count and all(part.ok for part in parts):
+            findings += _check_set(parts)
     except BaseException:
-        for part in parts:
-            part.close()
+        _close(parts)
         raise
-    return parts
+    return parts, findings
+
+
+def _scan_part(path: Path, index: int, count: int) -> tuple[GgufFile | None, list[Finding]]:
+    try:
+        part = scan_gguf(path)
+    except InputError as e:   # no regular file
+        return None, [_error(path.name, e.what)]
+    findings = [replace(f, where=f"{path.name}: {f.where}") for f in part.findings]
+    return part, findings + (_check_part(part, index, count) if part.ok else [])
+
+
+def _close(parts: Sequence[GgufFile]) -> None:
+    for part in parts:
+        part.close()
+
+
+def _error(where: str, message: str) -> Finding:
+    return Finding("error", "split", where, message, None)
 
 
 class SplitFile(GgufFile):
@@ -133,60 +175,71 @@ def open_whole(path: str | os.PathLike[str], *, template: bool = False) -> GgufF
 
 
 def scan_whole(path: str | os.PathLike[str], *, template: bool = False) -> GgufFile:
-    """`scan_gguf`; where the file is a part of a set the whole set as one file, whose faults are findings too."""
+    """`scan_gguf`; where the file is a part of a set the whole set as one file, with all that is wrong in any part."""
     file = scan_gguf(path, template=template)
-    if not file.ok or not _is_part(file):
+    if not _is_part(file):
         return file
-    try:
-        parts = open_split(path)
-    except InputError as e:
-        file.findings.append(Finding("error", "split", e.where, e.what, None))
+    parts, findings = scan_split(path)
+    if any(finding.severity == "error" for finding in findings):
+        _close(parts)
+        file.findings = findings
         return file
     file.close()
     return join_parts(file.path, parts)
 
 
 def _is_part(file: GgufFile) -> bool:
-    """Whether loaders look for other parts: by the metadata, whatever the file is called."""
-    count = file.value(_COUNT, 0)
+    """Whether loaders look for other parts: by the metadata; by the name where these cannot be read to their end."""
+    count = file.value(_COUNT)
+    if count is None:
+        return not file.ok and not file.data_offset and _NAME.fullmatch(file.path.name) is not None
     return type(count) is not int or count > 1
 
 
-def _open_single(path: Path) -> GgufFile:
-    gguf = open_gguf(path)
-    count = gguf.value(_COUNT, 0)
+def _scan_single(path: Path) -> tuple[list[GgufFile], list[Finding]]:
+    file = scan_gguf(path)
+    findings = list(file.findings)
+    count = file.value(_COUNT, 0)
     if count != 0:
-        gguf.close()
-        raise InputError(
-            path, f"says it is one of {count} parts, expected a name like {split_name('NAME', 0, 3)}",
-            hint="give it back the name it was published under",
-        )
-    return gguf
+        message = (f"says it is one of {count} parts, expected a name like {split_name('NAME', 0, 3)}: give it back the "
+                   f"name it was published under")
+        findings.append(_error(path.name, message))
+    return [file], findings
 
 
-def _check_part(part: GgufFile, index: int, count: int) -> None:
+def _check_part(part: GgufFile, index: int, count: int) -> list[Finding]:
+    findings = []
     for key, value_type in SPLIT_KEYS.items():
         kv = part.kvs.get(key)
         if kv is None or kv.type != value_type:
-            raise InputError(f"{part.path}: {key}", f"is {kv.type if kv else 'missing'}, expected a {value_type}")
+            message = f"is {kv.type if kv else 'missing'}, expected a {value_type}"
+            findings.append(_error(f"{part.path.name}: {key}", message))
     for key, expected in ((_NO, index), (_COUNT, count)):
-        if part.value(key) != expected:
-            raise InputError(f"{part.path}: {key}", f"is {part.value(key)}, the file's name says {expected}")
+        kv = part.kvs.get(key)
+        if kv is not None and kv.type == SPLIT_KEYS[key] and kv.value != expected:
+            message = f"is {kv.value}, the file's name says {expected}"
+            findings.append(_error(f"{part.path.name}: {key}", message))
     if index:
-        extra = [key for key in part.kvs if key not in SPLIT_KEYS]
+        extra = [key for key in part.kvs if key not in SPLIT_KEYS and key != ALIGNMENT_KEY]
         if extra:
-            raise InputError(f"{part.path}: {extra[0]}", "stands in a later part, expected in the first only")
+            more = f"; so do {len(extra) - 1} more" if extra[1:] else ""
+            message = f"stands in a later part, expected in the first only{more}"
+            findings.append(_error(f"{part.path.name}: {extra[0]}", message))
+    return findings
 
 
-def _check_set(parts: Sequence[GgufFile]) -> None:
+def _check_set(parts: Sequence[GgufFile]) -> list[Finding]:
     n_tensors = sum(len(part.tensors) for part in parts)
     owner: dict[str, GgufFile] = {}
+    findings = []
     for part in parts:
-        if part.value(_N_TENSORS) != n_tensors:
-            raise InputError(
-                f"{part.path}: {_N_TENSORS}", f"is {part.value(_N_TENSORS)}, the {len(parts)} parts hold {n_tensors}"
-            )
+        stated = part.value(_N_TENSORS)
+        if type(stated) is int and stated != n_tensors:
+            message = f"is {stated}, the {len(parts)} parts hold {n_tensors}"
+            findings.append(_error(f"{part.path.name}: {_N_TENSORS}", message))
         for name in part.tensors:
             other = owner.setdefault(name, part)
             if other is not part:
-                raise InputError(f"{part.path}: {name}", f"is also in {other.path.name}, expected in one part")
+                message = f"is also in {other.path.name}, expected in one part"
+                findings.append(_error(f"{part.path.name}: {name}", message))
+    return findings

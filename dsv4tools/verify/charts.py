@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 CELL = 15            # pixels of a square of the map, its gap included
-LABEL_WIDTH = 210
-BAR_WIDTH, BAR_HEIGHT = 560, 20
+GAP = 30             # between the first column of a map, with its label, and the others
+LETTER = 6.7         # average width of a letter of 11 pixels
+BAR_WIDTH = 1000     # of the longest bar, in its own units
 HISTOGRAM_WIDTH, HISTOGRAM_HEIGHT = 320, 120
 
 
@@ -32,43 +33,51 @@ def safe(text: object) -> str:
 
 
 def draw_map(rows: Sequence[str], columns: Sequence[str], squares: Mapping[tuple[int, int], Square]) -> str:
-    """Squares by (row, column); column labels stand over the first and every fifth behind it."""
-    width, height = LABEL_WIDTH + CELL * len(columns) + 4, 22 + CELL * len(rows) + 4
-    parts = [_open(width, height, "map")]
+    """Squares by (row, column); column labels stand over the second and every fifth behind it.
+
+    The row labels are an image of their own, which stays where it is when the squares are scrolled sideways. The first
+    column belongs to none of the others: it is set off.
+    """
+    labels = [row if len(row) <= 30 else row[:29] + "…" for row in rows]
+    label_width = LETTER * max(map(len, labels), default=0) + 10
+    height = 22 + CELL * len(rows) + 4
+    parts = ['<div class="map">', _open(label_width, height, "labels")]
+    for number, label in enumerate(labels):
+        parts.append(f'<text x="{label_width - 8:g}" y="{22 + CELL * number + 11}" text-anchor="end">{safe(label)}</text>')
+    parts += ["</svg>", '<div class="wide">', _open(GAP + CELL * len(columns) + 24, height, "squares")]
     for number, column in enumerate(columns):
-        if number == 0 or (number - 1) % 5 == 0:   # the first may be long: it reaches over the row labels
-            x, anchor = LABEL_WIDTH + CELL * number + CELL / 2 - 1, "middle" if number else "end"
-            parts.append(f'<text x="{x + 6 * (not number):g}" y="14" text-anchor="{anchor}">{safe(column)}</text>')
-    for number, row in enumerate(rows):
-        label = row if len(row) <= 30 else row[:29] + "…"
-        y = 22 + CELL * number + 11
-        parts.append(f'<text x="{LABEL_WIDTH - 8}" y="{y}" text-anchor="end">{safe(label)}</text>')
+        if number == 0 or (number - 1) % 5 == 0:
+            x, anchor = (0.0, "start") if number == 0 else (GAP + CELL * number + CELL / 2 - 1, "middle")
+            parts.append(f'<text x="{x:g}" y="14" text-anchor="{anchor}">{safe(column)}</text>')
     for (at_row, at_column), square in squares.items():
-        x, y = LABEL_WIDTH + CELL * at_column, 22 + CELL * at_row
-        parts.append(f'<g><title>{safe(square.title)}</title><rect x="{x}" y="{y}" width="{CELL - 2}" '
+        x, y = CELL * at_column + (GAP if at_column else 0), 22 + CELL * at_row
+        parts.append(f'<g><title>{safe(square.title)}</title><rect x="{x:g}" y="{y}" width="{CELL - 2}" '
                      f'height="{CELL - 2}" rx="2" class="{square.look}"/>')
         if square.mark:
             parts.append(f'<text x="{x + CELL / 2 - 1:g}" y="{y + 11}" text-anchor="middle" class="mark">'
                          f"{safe(square.mark)}</text>")
         parts.append("</g>")
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</svg></div></div>"])
 
 
 def draw_bars(bars: Sequence[tuple[str, str, Sequence[tuple[str, float, str]]]]) -> str:
-    """Horizontal bars: label, what stands behind the bar, and its parts (class, size, title), on one scale."""
+    """Horizontal bars: label, what stands beside the bar, and its parts (class, size, title), on one scale.
+
+    Bars stretch with the page; texts are the page's own, so that they keep their size.
+    """
     largest = max((sum(size for _, size, _ in parts) for _, _, parts in bars), default=0) or 1
-    pitch = BAR_HEIGHT + 6
-    out = [_open(LABEL_WIDTH + BAR_WIDTH + 200, pitch * len(bars) + 4, "bars")]
-    for number, (label, note, parts) in enumerate(bars):
-        x, y = float(LABEL_WIDTH), pitch * number
-        out.append(f'<text x="{LABEL_WIDTH - 8}" y="{y + 15}" text-anchor="end">{safe(label)}</text>')
+    out = ['<div class="bars">']
+    for label, note, parts in bars:
+        out.append(f'<div class="row"><div class="label">{safe(label)}</div><svg xmlns="http://www.w3.org/2000/svg" '
+                   f'class="bar" viewBox="0 0 {BAR_WIDTH} 1" preserveAspectRatio="none" role="img">')
+        x = 0.0
         for look, size, title in parts:
-            width = max(0.5, BAR_WIDTH * size / largest)
-            out.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR_HEIGHT}" class="{look}">'
+            width = max(1.0, BAR_WIDTH * size / largest)
+            out.append(f'<rect x="{x:.1f}" y="0" width="{width:.1f}" height="1" class="{look}">'
                        f"<title>{safe(title)}</title></rect>")
             x += width
-        out.append(f'<text x="{x + 8:.1f}" y="{y + 15}" class="quiet">{safe(note)}</text>')
-    return "".join([*out, "</svg>"])
+        out.append(f'</svg><div class="note">{safe(note)}</div></div>')
+    return "".join([*out, "</div>"])
 
 
 def draw_histogram(counts: Sequence[float], labels: Sequence[str], titles: Sequence[str], look: str) -> str:

@@ -27,7 +27,7 @@ def report_data(report: Report) -> dict[str, Any]:
         },
         "behaviour": None if report.behaviour is None else
         {"ok": report.behaviour.ok} | {k: finite(v) for k, v in asdict(report.behaviour).items()},
-        "engines": [v.as_data() for v in report.engines],
+        "engines": [v.as_data() | {"decides": v.engine in report.deciding} for v in report.engines],
     }
 
 

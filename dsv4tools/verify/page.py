@@ -151,7 +151,7 @@ def _engines(report: Report) -> str:
         reasons = "<br />".join(f"{safe(f.severity)}: {safe(f.text)}" for f in v.findings) or "no objection"
         rows.append((f'<td class="short">{safe(v.engine)}</td>', f"<td><code>{safe(v.commit[:7])}</code></td>",
                      f'<td class="{look}">{word}</td>', f"<td>{reasons}</td>"))
-    return "<h2>Engines</h2>\n" + _table(("engine", "commit", "would", "because"), rows)
+    return "<h2>Engines</h2>\n" + _table(("engine", "commit", "verdict", "because"), rows, look="engines")
 
 
 def _behaviour(report: Report) -> str:
@@ -187,7 +187,7 @@ def _sizes(report: Report) -> str:
         parts = [(types[kind], float(n), f"{family}, {kind}: {format_bytes(n)}") for kind, n in sizes[family].items()]
         bars.append((family, format_bytes(sum(sizes[family].values())), parts))
     legend = _legend((look, kind) for kind, look in types.items())
-    return f'<h2>Sizes by role</h2>\n<div class="wide">{draw_bars(bars)}</div>{legend}'
+    return f'<h2>Sizes by role</h2>\n{draw_bars(bars)}{legend}'
 
 
 def _type_looks(report: Report) -> dict[str, str]:
@@ -213,13 +213,12 @@ def _error_map(report: Report) -> str:
         if t.judgement == "wrong":
             return Square("wrongcell", f"{title}; {t.reason}", "×")
         look = _error_look(t.error.relative_rmse) if t.error is not None else "h0"
-        return Square(look, title, "·" if t.judgement == "within" else "")
+        return Square(look, title, "•" if t.judgement == "within" else "")
 
     steps = ["exact", *(f"up to {step:g}" for step in _ERROR_STEPS), f"above {_ERROR_STEPS[-1]:g}"]
     legend = _legend([*((f"h{i}", text) for i, text in enumerate(steps)), ("wrongcell", "× wrong")])
     return ("<h2>Error map</h2>\n<p>Relative root mean square error against the source, by layer and role. Point at a "
-            f'square to see its tensor. A dot: encoded otherwise than we do.</p>\n<div class="wide">'
-            f"{_draw_layers(checks, square)}</div>{legend}")
+            f'square to see its tensor. A dot: encoded otherwise than we do.</p>\n{_draw_layers(checks, square)}{legend}')
 
 
 def _error_look(error: float) -> str:
@@ -245,8 +244,8 @@ def _depth_map(report: Report) -> str:
 
     texts = ["zero", *(f"up to {step:g}" for step in steps), f"above {steps[-1]:g}"]
     legend = _legend([*((f"h{i}", text) for i, text in enumerate(texts)), ("wrongcell", "× faulty")])
-    return (f'<h2>Magnitudes</h2>\n<p>Root mean square of the values, by layer and role.</p>\n<div class="wide">'
-            f"{_draw_layers(checks, square)}</div>{legend}")
+    return ("<h2>Magnitudes</h2>\n<p>Root mean square of the values, by layer and role.</p>\n"
+            f"{_draw_layers(checks, square)}{legend}")
 
 
 def _draw_layers(names: Iterable[str], square: Callable[[str], Square | None]) -> str:
@@ -298,12 +297,12 @@ def _legend(entries: Iterable[tuple[str, str]]) -> str:
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int = 0) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int = 0, look: str = "list") -> str:
     """Cells come as whole <td> elements; the last `numbers` heads stand over numbers."""
     first = len(head) - numbers
     heads = "".join(f'<th class="number">{h}</th>' if i >= first else f"<th>{h}</th>" for i, h in enumerate(head))
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table class="{look}"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _number(text: object) -> str:
