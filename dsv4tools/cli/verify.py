@@ -144,7 +144,7 @@ def _show_engines(report: Report) -> None:
     others = [v for v in report.engines if v.engine not in report.deciding]
     show_verdicts(asked)
     if others:
-        show("other engines, which do not decide:" if asked else "engines, none of which decides without --engine NAME:")
+        show(f"{'other ' if asked else ''}engines, of which none decides unless --engine names it:")
         show_verdicts(others)
 
 

@@ -159,8 +159,8 @@ class Profile:
     known_items:
         Item types of arrays that it has a word for.
     shape_width:
-        Characters that a dimension takes in its message about a shape, which then names all four of what it found; 0: as
-        many as it has, and no more dimensions.
+        Characters that a dimension takes in its message about a shape, which then names all four of what it found;
+        0: as many as it has, and no more dimensions.
     """
 
     name: str

@@ -51,7 +51,8 @@ SCALE_FIELDS: dict[str, tuple[ScaleField, ...]] = {
     "Q5_K": _at(d=0, dmin=2), "Q6_K": _at(d=208), "Q8_K": (ScaleField("d", 0, "f32"),), "IQ2_XXS": _at(d=0),
     "IQ2_XS": _at(d=0), "IQ3_XXS": _at(d=0), "IQ1_S": _at(d=0), "IQ4_NL": _at(d=0), "IQ3_S": _at(d=0),
     "IQ2_S": _at(d=0), "IQ4_XS": _at(d=0), "TQ1_0": _at(d=52), "TQ2_0": _at(d=64),
-    "MXFP4": (ScaleField("e", 0, "e8m0"),), "Q1_0": _at(d=0), "Q2_0": _at(d=0), "IQ1_M": (ScaleField("d", 48, "nibbles"),),
+    "MXFP4": (ScaleField("e", 0, "e8m0"),), "Q1_0": _at(d=0), "Q2_0": _at(d=0),
+    "IQ1_M": (ScaleField("d", 48, "nibbles"),),
 }  # fmt: skip
 
 

@@ -201,8 +201,8 @@ def _scan_single(path: Path) -> tuple[list[GgufFile], list[Finding]]:
     findings = list(file.findings)
     count = file.value(_COUNT, 0)
     if count != 0:
-        message = (f"says it is one of {count} parts, expected a name like {split_name('NAME', 0, 3)}: give it back the "
-                   f"name it was published under")
+        message = (f"says it is one of {count} parts, expected a name like {split_name('NAME', 0, 3)}: give it back "
+                   f"the name it was published under")
         findings.append(_error(path.name, message))
     return [file], findings
 

@@ -43,7 +43,8 @@ def draw_map(rows: Sequence[str], columns: Sequence[str], squares: Mapping[tuple
     height = 22 + CELL * len(rows) + 4
     parts = ['<div class="map">', _open(label_width, height, "labels")]
     for number, label in enumerate(labels):
-        parts.append(f'<text x="{label_width - 8:g}" y="{22 + CELL * number + 11}" text-anchor="end">{safe(label)}</text>')
+        y = 22 + CELL * number + 11
+        parts.append(f'<text x="{label_width - 8:g}" y="{y}" text-anchor="end">{safe(label)}</text>')
     parts += ["</svg>", '<div class="wide">', _open(GAP + CELL * len(columns) + 24, height, "squares")]
     for number, column in enumerate(columns):
         if number == 0 or (number - 1) % 5 == 0:

@@ -187,7 +187,7 @@ def _sizes(report: Report) -> str:
         parts = [(types[kind], float(n), f"{family}, {kind}: {format_bytes(n)}") for kind, n in sizes[family].items()]
         bars.append((family, format_bytes(sum(sizes[family].values())), parts))
     legend = _legend((look, kind) for kind, look in types.items())
-    return f'<h2>Sizes by role</h2>\n{draw_bars(bars)}{legend}'
+    return f"<h2>Sizes by role</h2>\n{draw_bars(bars)}{legend}"
 
 
 def _type_looks(report: Report) -> dict[str, str]:
@@ -218,7 +218,8 @@ def _error_map(report: Report) -> str:
     steps = ["exact", *(f"up to {step:g}" for step in _ERROR_STEPS), f"above {_ERROR_STEPS[-1]:g}"]
     legend = _legend([*((f"h{i}", text) for i, text in enumerate(steps)), ("wrongcell", "× wrong")])
     return ("<h2>Error map</h2>\n<p>Relative root mean square error against the source, by layer and role. Point at a "
-            f'square to see its tensor. A dot: encoded otherwise than we do.</p>\n{_draw_layers(checks, square)}{legend}')
+            f"square to see its tensor. A dot: encoded otherwise than we do.</p>\n"
+            f"{_draw_layers(checks, square)}{legend}")
 
 
 def _error_look(error: float) -> str:
