@@ -558,6 +558,19 @@ def test_llama_cpp_divides_by_the_number_of_groups(seen):
     assert (found.found, found.effect) == ("0", "it divides by it: the process ends")
 
 
+def test_a_draft_model_is_not_judged_by_the_tensors_of_a_whole_one(seen):
+    """As llama.cpp's converter makes it: one layer behind the others, with or without these."""
+    header = changed(changed(seen, P + "nextn_predict_layers", 1), P + "block_count", 44)
+    for key, item in (("attention.compress_ratios", 0), ("swiglu_clamp_exp", 10.0)):
+        header = changed(header, P + key, [*seen.values[P + key][:43], item])
+    alone = replace(header, tensors={n: t for n, t in header.tensors.items() if not n.startswith("blk.")})
+    for tensors in (header, alone):
+        judged = verdict(LLAMA, with_tensor(tensors, "blk.43.nextn.eh_proj.weight", (8192, 4096), "Q8_0"))
+        assert judged.ok
+        assert [f.where for f in judged.findings] == ["blk.43.nextn.eh_proj.weight"]
+    assert refusal(LLAMA, header).where.startswith("blk.43.")   # without such a layer the key counts for nothing
+
+
 def test_a_pre_tokenizer_of_the_same_rules(seen):
     assert verdict(LLAMA, changed(seen, "tokenizer.ggml.pre", "deepseek-v3")).ok
 

@@ -278,6 +278,8 @@ def test_a_tensor_of_another_layer(name, other, theirs, check, edit):
     (Q_B, 34 * 9, 1, "block 9 (row 1 column 32): one bit is flipped: bit 1 of byte 0, in its scale d"),
     ("token_embd.weight", 2 * 257, 0, "block 257 (row 1 column 1): one bit is flipped: bit 0 of byte 0"),
     ("blk.0.ffn_norm.weight", 4 * 7, 1, "block 7 (row 0 column 7): one bit is flipped: bit 1 of byte 0"),
+    # an exponent: all of this small vector is one run of values, which is far off then
+    ("blk.0.attn_kv_a_norm.weight", 4 * 7 + 3, 0, "block 7 (row 0 column 7): one bit is flipped: bit 0 of byte 3"),
 ])  # fmt: skip
 def test_one_flipped_bit(name, at, bit, said, check, edit):
     assert only_fault(check, edit.flip(name, at, bit), name) == said
@@ -377,6 +379,16 @@ def test_one_block_with_the_scale_of_another(check, edit, source, weights):
     factor = 2.0 ** (scales[0, 1] - scales[1, 0])
     values = tiles(weights.gguf(Q_B), slice(128, 256), slice(0, 128), lambda t: t * factor)
     assert only_fault(check, edit.put_values(Q_B, values), Q_B).endswith("it has the scale of block (0, 1)")
+
+
+def test_two_blocks_far_from_each_other(check, edit, weights):
+    """Each is named, though the first alone has more wrong values than places are kept."""
+    values = tiles(weights.gguf(Q_B), slice(0, 128), slice(128, 256), lambda t: 4 * t)
+    values = tiles(values, slice(640, 768), slice(0, 128), np.transpose)
+    _, checks = check(edit.put_values(Q_B, values))
+    assert [str(f) for f in checks[Q_B].faults] == [
+        "rows 0-127 columns 128-255: has the wrong scale: 2^2 times the source",
+        "rows 640-767 columns 0-127: is transposed"]
 
 
 def test_decoded_without_scales(check, edit, source):

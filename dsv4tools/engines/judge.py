@@ -30,10 +30,28 @@ def judge(profile: Profile, header: Header) -> Verdict:
     else:
         findings += [*metadata.findings, *judge_values(metadata, shape)]
         config = read_dimensions(header, profile)
-        if config is not None:
+        draft = _find_draft(profile, header)
+        if draft is not None:
+            findings.append(draft)
+        elif config is not None:
             findings += judge_tensors(profile, header, config)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return Verdict(profile.name, profile.commit, profile.evidence, tuple(findings))
+
+
+def _find_draft(profile: Profile, header: Header) -> EngineFinding | None:
+    """That the file has layers whose tensors the profile does not describe, and perhaps no others."""
+    if profile.draft is None:
+        return None
+    n = header.values.get(profile.key(profile.draft.count), 0)
+    n_layers = header.values.get(profile.key("block_count"))
+    if type(n) is not int or type(n_layers) is not int or not 0 < n <= n_layers:
+        return None
+    name = profile.draft.tensor.format(layer=n_layers - n)
+    if name not in header.tensors:
+        return None
+    return EngineFinding("note", name, "a layer that predicts further tokens", "the model's own layers",
+                         effect=profile.draft.effect)
 
 
 def _judge_container(profile: Profile, header: Header) -> Iterator[EngineFinding]:

@@ -108,6 +108,18 @@ class OptionalTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """Files with further layers that predict tokens ahead, which the profile does not describe.
+
+    `count` is the key that counts these layers, `tensor` one that the first of them has; `effect` what is said then.
+    """
+
+    count: str
+    tensor: str
+    effect: str
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertPairs:
     """Types of gate and up, and of down, that a backend computes; other pairs load and then fail."""
 
@@ -158,6 +170,8 @@ class Profile:
         Globs of tensors of which only the number of values counts.
     known_items:
         Item types of arrays that it has a word for.
+    draft:
+        How files with layers that predict further tokens are known.
     shape_width:
         Characters that a dimension takes in its message about a shape, which then names all four of what it found;
         0: as many as it has, and no more dimensions.
@@ -182,6 +196,7 @@ class Profile:
     reshaped: tuple[str, ...] = ()
     known_items: tuple[str, ...] = tuple(VALUE_TYPES)
     shape_width: int = 0
+    draft: Draft | None = None
     shape: tuple[Shape, ...] = ()
     check: tuple[Check, ...] = ()
     optional: tuple[OptionalTensor, ...] = ()
@@ -242,6 +257,8 @@ def read_profile(path: Path) -> Profile:
         if key in raw:
             raw[key] = _rows(kind, raw[key], f"{path}: [[{key}]]")
     raw["messages"] = _row(Messages, raw.get("messages"), f"{path}: [messages]")
+    if "draft" in raw:
+        raw["draft"] = _row(Draft, raw["draft"], f"{path}: [draft]")
     readers = raw.get("readers")
     if not isinstance(readers, dict):
         raise InputError(f"{path}: [readers]", "is missing")

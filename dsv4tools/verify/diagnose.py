@@ -153,7 +153,8 @@ def _examine(
         for mistake in whole_mistakes(strip):
             if _is_close(strip.found, mistake.values, strip.own_error):
                 return [Fault(where, mistake.what)]
-        if tally.n_wrong_cells >= BULK_SHARE * tally.n_cells:
+        few = by_bytes and tally.n_different <= MAX_EXAMINED   # bytes of a small matrix: they are named one by one
+        if tally.n_wrong_cells >= BULK_SHARE * tally.n_cells and not few:
             error, cosine = tally.found.relative_rmse, tally.found.cosine
             return [Fault(where, f"resembles nothing that was tried: relative RMSE {error:.3g}, cosine {cosine:.3g} "
                                  f"with {name}")]

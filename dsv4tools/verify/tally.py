@@ -59,7 +59,7 @@ class MatrixTally:
         Values that they were measured on.
     n_wrong_cells, n_cells, cells:
         Cells whose errors are beyond bounds, of as many as were looked at, and where the first of them begin (flat
-        index in the tensor).
+        index in the tensor): one in each run of rows that share scales in the source.
     squared_in_cells:
         The part of the squared error that lies in wrong cells.
     """
@@ -177,12 +177,12 @@ class UnitComparer:
             if identical:
                 continue
             if own is None:
-                _count_cells(decoded, source, None, at, tally)
+                _count_cells(unit, decoded, source, None, at, tally=tally)
                 continue
             ours = self._room("own", n, n_cols)
             decode_rows(own[first * row_bytes : (first + n) * row_bytes], target, n, n_cols, ours)
             tally.own.add(_shifted(measure_errors(ours, source), at))
-            _count_cells(decoded, source, ours, at, tally)
+            _count_cells(unit, decoded, source, ours, at, tally=tally)
         if identical:
             tally.found = tally.found.times(unit.n_rows * n_cols / max(1, tally.n_measured))
             tally.own = replace(tally.found)
@@ -248,7 +248,9 @@ def describe_byte(unit: Unit, at: int, found: int, own: int) -> str:
             f"(byte {byte} of the block at row {unit.first_row + row} column {column} of {unit.matrix.weight.name})")
 
 
-def _count_cells(found: Floats, source: Floats, own: Floats | None, first: int, tally: MatrixTally) -> None:
+def _count_cells(
+    unit: Unit, found: Floats, source: Floats, own: Floats | None, first: int, *, tally: MatrixTally
+) -> None:
     of_found = measure_cells(found, source, CELL_VALUES)
     of_own = measure_cells(own, source, CELL_VALUES)[:, 0] if own is not None else np.zeros(len(of_found))
     allowed = CELL_RATIO**2 * of_own + CELL_FLOOR**2 * of_found[:, 1]
@@ -258,7 +260,11 @@ def _count_cells(found: Floats, source: Floats, own: Floats | None, first: int, 
     tally.n_cells += len(of_found)
     tally.n_wrong_cells += len(wrong)
     tally.squared_in_cells += float(of_found[wrong, 0].sum())
-    tally.cells = sorted([*tally.cells, *(first + wrong[:N_KEPT] * CELL_VALUES).tolist()])[:N_KEPT]
+    at = first + wrong * CELL_VALUES
+    height = unit.matrix.block[0] if unit.matrix.scale is not None else 1
+    rows = at // unit.matrix.n_cols % unit.matrix.n_rows
+    _, firsts = np.unique(rows // height, return_index=True)
+    tally.cells = sorted([*tally.cells, *at[firsts[:N_KEPT]].tolist()])[:N_KEPT]
 
 
 def _shifted(errors: ErrorSums, by: int) -> ErrorSums:
