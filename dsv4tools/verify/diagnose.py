@@ -155,6 +155,9 @@ def _examine(
                 return [Fault(where, mistake.what)]
         few = by_bytes and tally.n_different <= MAX_EXAMINED   # bytes of a small matrix: they are named one by one
         if tally.n_wrong_cells >= BULK_SHARE * tally.n_cells and not few:
+            in_places = _examine_tiles(planned, tally, number, bench, by_bytes=False, named_only=True)
+            if in_places:   # blocks of the source that take a large part of a small matrix
+                return in_places
             error, cosine = tally.found.relative_rmse, tally.found.cosine
             return [Fault(where, f"resembles nothing that was tried: relative RMSE {error:.3g}, cosine {cosine:.3g} "
                                  f"with {name}")]
@@ -179,12 +182,17 @@ def _take_strip(planned: PlannedTensor, tally: MatrixTally, number: int, bench: 
 
 
 def _examine_tiles(
-    planned: PlannedTensor, tally: MatrixTally, number: int, bench: Bench, *, by_bytes: bool
+    planned: PlannedTensor, tally: MatrixTally, number: int, bench: Bench, *, by_bytes: bool, named_only: bool = False
 ) -> list[Fault]:
-    """Faults of blocks of the source: the runs of values that share a scale there."""
+    """Faults of blocks of the source: the runs of values that share a scale there.
+
+    With `named_only` none at all unless each of them has a name.
+    """
     scales = bench.scales(planned.tensor.sources[number])
     tiles, n_more = find_wrong_tiles(planned, tally, number, bench, MAX_EXAMINED)
     named = [(tile, _name_tile(tile, scales)) for tile in tiles]
+    if named_only and (n_more or not all(what for _, what in named)):
+        return []
     faults = [Fault(where_is(planned, number, tile.place), what) for tile, what in named if what]
     if not faults and by_bytes and tally.n_different <= MAX_EXAMINED:   # the cause; what follows is its effect
         faults = describe_blocks(planned, tally, number, bench)
