@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from process import error_line, messages
 
+import dsv4tools as dt
 from dsv4tools.checkpoint import open_checkpoint
 from dsv4tools.cli.main import main
 from dsv4tools.plan import make_plan
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from dsv4tools.plan import Plan
+
+# Tests that reach into modules find them all loaded, whichever of them run.
+_PUBLIC = [getattr(dt, name) for name in dt.__all__]
 
 # A runner of tests in parallel (or a shell that starts them in the background) ignores Ctrl-C, and whatever is started
 # from here would inherit that; several tests are about what Ctrl-C does.

@@ -110,6 +110,20 @@ except SystemExit as end:
     assert ended.stderr == "0 False False\n"
 
 
+def test_help_does_not_import_the_library():
+    code = """
+import sys
+from dsv4tools.cli.main import main
+try:
+    main()
+except SystemExit:
+    print(*sorted(m for m in sys.modules if m.split(".")[0] in ("dsv4tools", "numpy")), file=sys.stderr)
+"""
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert ended.stderr.split() == ["dsv4tools", "dsv4tools.cli", "dsv4tools.cli.main", "dsv4tools.cli.output",
+                                    "dsv4tools.errors"]
+
+
 def test_a_shell_can_ask_for_completions():
     ended = run(environment={"_DSV4TOOLS_COMPLETE": "bash_source"})
     assert (ended.returncode, messages(ended.stderr)) == (0, [])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -59,7 +62,17 @@ def test_imports_point_one_way(room):
 def test_every_public_name_is_there():
     for name in dsv4tools.__all__:
         assert hasattr(dsv4tools, name)
+        assert name in dir(dsv4tools)
     assert len(set(dsv4tools.__all__)) == len(dsv4tools.__all__)
+    assert not hasattr(dsv4tools, "quantise")
+
+
+def test_a_public_function_is_not_its_module():
+    """Several share a name: dsv4tools.convert is in dsv4tools/convert.py, and importing that must not change it."""
+    for name in dsv4tools.__all__:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(f"dsv4tools.{name}")
+        assert not isinstance(getattr(dsv4tools, name), ModuleType), name
 
 
 def test_every_row_of_the_template_tables_is_of_use(tiny_6e):
