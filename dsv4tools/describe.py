@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from dsv4tools.checkpoint import Checkpoint
     from dsv4tools.gguf.reader import GgufFile
+    from dsv4tools.imatrix import ImatrixFile
     from dsv4tools.plan import Plan
 
 # Values per second and thread, as measured on one AVX-512 core (docs/performance.md); only for estimates.
@@ -157,6 +158,14 @@ def describe_gguf(file: GgufFile) -> dict[str, Any]:
                     for t in file.tensors.values()],
         "findings": [asdict(f) for f in file.findings],
     }
+
+
+def describe_imatrix(file: ImatrixFile) -> dict[str, Any]:
+    """What an importance matrix holds."""
+    return {"kind": "imatrix"} | file.as_data() | {"entries": [
+        {"name": e.name, "n_values": e.n_values, "n_counts": len(e.counts), "largest_count": int(e.counts.max()),
+         "without_data": [] if file.legacy else [i for i, count in enumerate(e.counts) if not count]}
+        for e in file.entries.values()]}
 
 
 def _describe_value(value: Any) -> Any:  # noqa: ANN401  - metadata values are of any type

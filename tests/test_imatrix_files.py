@@ -79,6 +79,25 @@ class TestReading:
             file.read_mean("blk.0.attn_kv.weight")
 
 
+class TestInspecting:
+    def test_gguf(self, gguf, dsv4tools):
+        ended = dsv4tools("inspect", gguf, "--tensors")
+        assert ended.code == 0
+        assert "measured on    2 chunks of 512 tokens of calibration.txt" in ended.out
+        assert "entries        2, 32 values; 1 experts without data" in ended.out
+        assert f"sha256         {hashlib.sha256(gguf.read_bytes()).hexdigest()}" in ended.out
+        assert "blk.0.ffn_up_exps.weight      24       3        7" in ended.out
+        found = dsv4tools("inspect", gguf, "--json").data
+        assert (found["kind"], found["form"], found["entries"][0]) == ("imatrix", "gguf", {
+            "name": "blk.0.ffn_up_exps.weight", "n_values": 24, "n_counts": 3, "largest_count": 7, "without_data": [1]})
+
+    def test_dat(self, data, tmp_path, dsv4tools):
+        ended = dsv4tools("inspect", data / "tiny-6e.imatrix.dat")
+        assert "measured on    17 chunks of calibration.txt" in ended.out
+        (tmp_path / "a.dat").write_bytes(b"nothing of the kind")
+        assert "expected 1 to 1" in dsv4tools("inspect", tmp_path / "a.dat").failed(3)
+
+
 class TestWriting:
     def test_gguf_is_what_gguf_py_reads_and_writes(self, gguf, tmp_path):
         write_imatrix(open_imatrix(gguf).load(), tmp_path / "b.gguf")

@@ -74,7 +74,7 @@ def imatrix(source: Path, text: Path | None, tokens_file: Path | None, out: Path
     with (
         open_model(source, experts_per_token=experts_per_token, dtype=np.float64 if float64 else np.float32,
                    threads=threads) as model,
-        graceful_stop() as stop,
+        graceful_stop("the chunk in hand") as stop,
         progress_bar(n_tokens, out.name, unit="token") as advance,
     ):
         check_not_input(out, model.weights.paths)

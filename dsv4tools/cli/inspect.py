@@ -8,10 +8,11 @@ import click
 
 from dsv4tools.cli.output import EPILOG, json_option, layer_list, shell_words, show, show_json, show_table
 from dsv4tools.cli.sources import open_argument, source_argument
-from dsv4tools.describe import describe_checkpoint, describe_gguf
+from dsv4tools.describe import describe_checkpoint, describe_gguf, describe_imatrix
 from dsv4tools.errors import InputError
 from dsv4tools.gguf.splits import scan_whole
 from dsv4tools.hub.reference import HubReference
+from dsv4tools.imatrix import open_imatrix
 from dsv4tools.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -20,22 +21,27 @@ if TYPE_CHECKING:
 
 @click.command(epilog=EPILOG)
 @click.argument("path", metavar="FILE|DIR|hf://...", type=source_argument)
-@click.option("--tensors", is_flag=True, help="List every tensor of a GGUF.")
+@click.option("--tensors", is_flag=True, help="List every tensor of a GGUF, every entry of a matrix.")
 @json_option
 def inspect(path: Path | HubReference, tensors: bool, as_json: bool) -> None:
-    """Show what a checkpoint directory or a GGUF file holds, from its headers alone.
+    """Show what a checkpoint directory or a GGUF file holds, from its headers alone; or an importance matrix.
 
     \b
     Examples:
       dsv4tools inspect DeepSeek-V4-Flash
       dsv4tools inspect flash.gguf --tensors
       dsv4tools inspect flash.gguf --json
+      dsv4tools inspect flash.imatrix.gguf --tensors
     """
     if isinstance(path, HubReference) or path.is_dir():
         data = describe_checkpoint(open_argument(path))
         show_json(data) if as_json else _show_checkpoint(data)
         return
     with scan_whole(path, template=True) as file:
+        if file.value("general.type") == "imatrix" or path.suffix == ".dat":
+            data = describe_imatrix(open_imatrix(path))
+            show_json(data) if as_json else _show_imatrix(data, entries=tensors)
+            return
         data = describe_gguf(file)
         errors = [f for f in file.findings if f.severity == "error"]
     if not data["tensors"] and errors:
@@ -73,6 +79,20 @@ def _show_checkpoint(data: dict[str, Any]) -> None:
         ids = ", ".join(f"{name} {i}" for name, i in tokenizer["special_ids"].items())
         show(f"tokenizer      {tokenizer['n_tokens']} tokens, {tokenizer['n_merges']} merges, {ids}")
     show(f"next: {shell_words('dsv4tools', 'convert', data['path'], '--dry-run')}")
+
+
+def _show_imatrix(data: dict[str, Any], *, entries: bool) -> None:
+    size = f" of {data['chunk_size']} tokens" if data["chunk_size"] else ""
+    show(f"importance     {data['path']} (in llama.cpp's form {data['form']})")
+    show(f"measured on    {data['n_chunks']} chunks{size} of {', '.join(data['datasets']) or 'an unnamed text'}")
+    n_values, n_empty = (sum(each) for each in zip(*((e["n_values"], len(e["without_data"])) for e in data["entries"]),
+                                                   strict=True))
+    show(f"entries        {data['n_entries']}, {n_values} values; {n_empty} experts without data")
+    show(f"sha256         {data['sha256']}")
+    if entries:
+        rows: list[tuple[object, ...]] = [("entry", "values", "counts", "largest")]
+        rows += [(e["name"], e["n_values"], e["n_counts"], e["largest_count"]) for e in data["entries"]]
+        show_table(rows, right="lrrr")
 
 
 def _show_gguf(data: dict[str, Any], *, tensors: bool) -> None:

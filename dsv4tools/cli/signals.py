@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def graceful_stop() -> Iterator[StopRequest]:
-    """A stop request that SIGINT and SIGTERM set, while the context lasts."""
+def graceful_stop(after: str = "the units in hand") -> Iterator[StopRequest]:
+    """A stop request that SIGINT and SIGTERM set, while the context lasts; `after` says what is finished before."""
     stop = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  - signal's signature
@@ -25,7 +25,7 @@ def graceful_stop() -> Iterator[StopRequest]:
         stop.request(number)
         with contextlib.suppress(OSError):
             # Not print: the signal may have come in the middle of one, and streams do not allow a second within it.
-            os.write(2, b"stopping after the units in hand; once more leaves at once\n")
+            os.write(2, f"stopping after {after}; once more leaves at once\n".encode())
 
     kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
