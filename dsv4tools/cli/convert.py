@@ -30,6 +30,7 @@ from dsv4tools.describe import describe_plan, output_name
 from dsv4tools.engines import choose_engines, judge_plan, require_engines
 from dsv4tools.errors import UsageError
 from dsv4tools.files import usable_cpus
+from dsv4tools.hints import find_hints
 from dsv4tools.options import RunOptions
 from dsv4tools.outfile import check_not_input
 from dsv4tools.parts import convert_part, parse_part
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from dsv4tools.convert import Conversion
     from dsv4tools.engines import Verdict
+    from dsv4tools.hints import Mxfp4Hint
     from dsv4tools.hub import HubReference
     from dsv4tools.plan import Plan
 
@@ -98,9 +100,11 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
     verdicts = judge_plan(plan, asked)
     threads = threads or usable_cpus()
     out = out or Path(output_name(plan))
-    report = describe_plan(plan, out, threads) | {"engines": [v.as_data() for v in verdicts]}
+    hints = find_hints(plan, verdicts, asked)
+    report = describe_plan(plan, out, threads) | {"engines": [v.as_data() for v in verdicts],
+                                                  "hints": [hint.as_data() for hint in hints]}
     if dry_run:
-        show_json(report) if as_json else _show_plan(plan, report, verdicts)
+        show_json(report) if as_json else _show_plan(plan, report, verdicts, hints)
         require_engines(plan, verdicts, asked)
         return
     inputs = (options["template_file"], options["imatrix"], Path(options["policy"]))
@@ -166,7 +170,9 @@ def _show_part(path: Path, *, existed: bool, out: Path, as_json: bool) -> None:
     show(f"next, when all parts are there: {shell_words('dsv4tools', 'assemble', out)}")
 
 
-def _show_plan(plan: Plan, report: dict[str, object], verdicts: Sequence[Verdict]) -> None:
+def _show_plan(
+    plan: Plan, report: dict[str, object], verdicts: Sequence[Verdict], hints: Sequence[Mxfp4Hint]
+) -> None:
     rows: list[tuple[object, ...]] = [("tensor", "shape", "type", "offset", "bytes", "rule")]
     rows += [(t.name, "x".join(map(str, t.tensor.ne)), t.format.name, t.offset, t.n_bytes, t.rule)
              for t in plan.tensors]
@@ -177,6 +183,8 @@ def _show_plan(plan: Plan, report: dict[str, object], verdicts: Sequence[Verdict
             show(f"left out       {count} source tensors {pattern}")
     for note in plan.notes:
         show(f"note           {note}")
+    for hint in hints:
+        show(f"hint           {hint.text}")
     show(f"policy         {plan.policy.name}: {plan.policy.description}")
     for name, n_bytes in plan.bytes_by_format().items():
         show(f"  {name:<12} {format_bytes(n_bytes)}")

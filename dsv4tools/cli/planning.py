@@ -13,7 +13,7 @@ from dsv4tools.plan import Plan, make_plan
 from dsv4tools.reroute import reroute
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dsv4tools.hub import HubReference
 
@@ -58,16 +58,22 @@ def _family_help(family: str) -> str:
     }[family]
 
 
-def plan_from_options(
-    source: Path | HubReference, *, policy: str, experts_per_token: int | None, template_file: Path | None, nan: str,
-    tensor_types: tuple[str, ...], allow_requantize: bool, imatrix: Path | None, imatrix_strict: bool,
-    **families: str | None,
-) -> Plan:
+def plan_from_options(source: Path | HubReference, *, policy: str, **options: Any) -> Plan:
     """The plan that the options ask for."""
+    return plans_from_options(source, [policy], **options)[0]
+
+
+def plans_from_options(
+    source: Path | HubReference, policies: Sequence[str], *, experts_per_token: int | None, template_file: Path | None,
+    nan: str, tensor_types: tuple[str, ...], allow_requantize: bool, imatrix: Path | None, imatrix_strict: bool,
+    **families: str | None,
+) -> list[Plan]:
+    """A plan for each of `policies`; the source is opened once."""
     checkpoint = open_argument(source)
     if experts_per_token is not None:
         checkpoint = reroute(checkpoint, experts_per_token)
     flags = {name.replace("_", "-"): value for name, value in families.items()}
-    return make_plan(checkpoint, policy=policy, template_file=template_file, families=flags, tensor_types=tensor_types,
-                     nan="zero" if nan == "zero" else "refuse", allow_requantize=allow_requantize, imatrix=imatrix,
-                     imatrix_strict=imatrix_strict)
+    return [make_plan(checkpoint, policy=policy, template_file=template_file, families=flags, tensor_types=tensor_types,
+                      nan="zero" if nan == "zero" else "refuse", allow_requantize=allow_requantize, imatrix=imatrix,
+                      imatrix_strict=imatrix_strict)
+            for policy in policies]

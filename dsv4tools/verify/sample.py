@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
+from itertools import accumulate
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ import numpy as np
 from dsv4tools.plan import Unit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from dsv4tools.plan import PlannedTensor
 
@@ -36,3 +38,25 @@ def sample_units(planned: PlannedTensor, per_cent: float, seed: int = 0) -> Iter
         first = piece * step
         n = min(step, n_rows - first)
         yield Unit(planned, sources[number], first, n, (number * n_rows + first) * row_bytes, n * row_bytes)
+
+
+def sample_pieces(
+    tensors: Sequence[PlannedTensor], n_pieces: int, seed: int = 0
+) -> Iterator[tuple[PlannedTensor, int, int, int]]:
+    """Up to `n_pieces` small pieces of several tensors, evenly spread: tensor, which source matrix, first row, rows.
+
+    The same seed chooses the same pieces of tensors of the same names and shapes.
+    """
+    steps = [max(1, PIECE_VALUES // max(1, t.tensor.sources[0].n_cols)) for t in tensors]
+    n_each = [-(-t.tensor.sources[0].n_rows // step) for t, step in zip(tensors, steps, strict=True)]
+    ends = list(accumulate(len(t.tensor.sources) * n for t, n in zip(tensors, n_each, strict=True)))
+    names = "\n".join(t.name for t in tensors).encode(errors="surrogateescape")
+    rng = np.random.default_rng([seed, zlib.crc32(names)])
+    n = min(n_pieces, ends[-1]) if ends else 0
+    for i in range(n):
+        first, end = i * ends[-1] // n, (i + 1) * ends[-1] // n
+        at = int(rng.integers(first, end))
+        which = bisect_right(ends, at)
+        number, piece = divmod(at - (ends[which - 1] if which else 0), n_each[which])
+        row = piece * steps[which]
+        yield tensors[which], number, row, min(steps[which], tensors[which].tensor.sources[number].n_rows - row)
