@@ -31,7 +31,7 @@ def run(source, tokens, chunk=512, **options):
 
 def expected(data, name, n):
     """Golden logits, and the positions that they are of: each k-th up to the last."""
-    rows = np.load(data / "logits" / f"tiny-6e.{name}_{n}.npy")
+    rows = np.load(data / "logits" / f"{name}_{n}.npy")
     step = -(-n // len(rows))
     return rows, np.arange(n - 1, -1, -step)[::-1]
 
@@ -50,13 +50,34 @@ def test_checkpoint_against_both_oracles(tiny_6e, data, n, dtype):
     assert logits.dtype == dtype
     assert logits.shape == (n, 512)
     for oracle in ("hf", "of"):
-        rows, positions = expected(data, oracle, n)
+        rows, positions = expected(data, f"tiny-6e.{oracle}", n)
         assert np.abs(logits[positions] - rows).max() <= TOLERANCE[dtype], oracle
+
+
+# Another width, vocabulary, expert count, head count, depth, layer kind or window in each, and another seed.
+OTHERS = {
+    "other-21": (21, replace(TINY, layers=3, experts=16, experts_per_token=4, expert_hidden=384, hidden=512, heads=4,
+                             head_dim=192, q_lora=128, o_groups=2, hash_layers=1, vocab=777, draft_blocks=0)),
+    "other-44": (44, replace(TINY, layers=1, experts=3, experts_per_token=1, expert_hidden=128, hidden=384, heads=2,
+                             o_groups=1, hash_layers=1, draft_blocks=0)),
+    "other-5": (5, replace(TINY, layers=5, experts=12, experts_per_token=6, window=64, index_topk=4, index_heads=32,
+                           index_head_dim=64, hash_layers=2, vocab=640, swiglu_limit=3.0)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_against_transformers(name, data, tmp_path):
+    seed, shape = OTHERS[name]
+    source = write_checkpoint(tmp_path / name, shape, seed=seed)
+    rows, positions = expected(data, f"{name}.hf", 333)
+    for dtype, tolerance in TOLERANCE.items():
+        logits = run(source, prompt(333, seed=3, vocab=shape.vocab), dtype=dtype)
+        assert np.abs(logits[positions] - rows).max() <= tolerance
 
 
 @pytest.mark.parametrize("n", [8, 140])
 def test_rerouted_view(tiny_6e, data, n):
-    rows, positions = expected(data, "reroute4.hf", n)
+    rows, positions = expected(data, "tiny-6e.reroute4.hf", n)
     logits = run(tiny_6e, prompt(n), experts_per_token=4)
     assert np.abs(logits[positions] - rows).max() <= 3e-4
     view = dt.reroute(dt.open_checkpoint(tiny_6e), 4)
@@ -65,7 +86,7 @@ def test_rerouted_view(tiny_6e, data, n):
 
 @pytest.mark.parametrize("n", [8, 140])
 def test_quantized_gguf(q4k, data, n):
-    rows, positions = expected(data, "q4k.hf", n)
+    rows, positions = expected(data, "tiny-6e.q4k.hf", n)
     assert np.abs(run(q4k, prompt(n))[positions] - rows).max() <= 3e-4
 
 
