@@ -32,6 +32,7 @@ class _Codec:
     encoder: str = "encode"
     decoder: str = "decode"
     uses_importance: bool = False
+    needs_importance: bool = False
 
 
 # One row per format. A kernel has the signature ENCODE or DECODE of `tiles`.
@@ -49,6 +50,9 @@ _CODECS: dict[str, _Codec] = {
     "Q4_K": _Codec("q4_k", uses_importance=True),
     "Q5_K": _Codec("q5_k", uses_importance=True),
     "Q6_K": _Codec("q6_k", uses_importance=True),
+    "IQ2_XXS": _Codec("iq2_xxs", uses_importance=True, needs_importance=True),
+    "IQ2_XS": _Codec("iq2_xs", "encode_xs", "decode_xs", uses_importance=True, needs_importance=True),
+    "IQ2_S": _Codec("iq2_xs", "encode_s", "decode_s", uses_importance=True),
     "MXFP4": _Codec("mxfp4"),
     "IQ4_NL": _Codec("iq4", uses_importance=True),
     "IQ4_XS": _Codec("iq4", uses_importance=True),
@@ -58,6 +62,8 @@ ENCODABLE = frozenset(name for name, codec in _CODECS.items() if codec.encoder)
 DECODABLE = frozenset(name for name, codec in _CODECS.items() if codec.decoder)
 # Formats whose bytes depend on an importance vector; the others ignore it.
 USES_IMPORTANCE = frozenset(name for name, codec in _CODECS.items() if codec.uses_importance)
+# Those among them that ggml does not encode without one: too much is lost where every column counts the same.
+NEEDS_IMPORTANCE = frozenset(name for name, codec in _CODECS.items() if codec.needs_importance)
 
 _NO_SCALES = np.zeros((1, 1), np.uint8)
 _NO_IMPORTANCE = np.zeros(0, np.float32)
@@ -116,7 +122,7 @@ def encode_rows(
         uint8 [n_rows * target.row_bytes(n_cols)], filled completely.
     importance:
         float32 [n_cols], finite and not negative: the weight of each column. Formats that know no importance
-        ignore it.
+        ignore it, those of `NEEDS_IMPORTANCE` must have it; see `add_column_energy`.
     zero_nan:
         Accept values that are faults of the source, as +0.0.
 
@@ -127,7 +133,7 @@ def encode_rows(
     Raises
     ------
     UsageError:
-        `target` cannot be encoded.
+        `target` cannot be encoded, or not without importance.
     InputError:
         An array does not have the size or type that goes with the others, or a value of `importance` is not allowed.
     """
@@ -186,6 +192,37 @@ def decode_source(source: SourceRows, out: NDArray[np.float32]) -> Faults:
     return _faults(slots, source.n_cols)
 
 
+def add_column_energy(source: SourceRows, energy: NDArray[np.float32]) -> Faults:
+    """Add the squares of a run's values to the sums of their columns.
+
+    These sums over all rows of a matrix are what ds4's quantizer takes for importance where IQ2_XXS has none. They are
+    float32 and taken row after row: feed the runs of a matrix in order, from zeros on.
+
+    Parameters
+    ----------
+    source:
+        The rows as stored.
+    energy:
+        float32 [n_cols]: the sums so far.
+
+    Returns
+    -------
+    What is wrong with the values; these count as 0.
+
+    Raises
+    ------
+    InputError:
+        An array does not have the size or type that goes with the others.
+    """
+    shape = _check_source(source)
+    _check_floats(energy, (source.n_cols,))
+    slots = np.zeros(_N_FAULT_SLOTS, np.int64)
+    if energy.size:
+        add = compiled.load("floats").add_squares
+        add(int(source.kind), shape, source.data, _scales(source), energy, slots)
+    return _faults(slots, source.n_cols)
+
+
 def decode_rows(
     data: NDArray[np.uint8], source_format: Format, n_rows: int, n_cols: int, out: NDArray[np.float32]
 ) -> None:
@@ -230,7 +267,8 @@ def quantize(
     type:
         Name of a ggml type, in any case (``"Q4_K"``), or its `Format`.
     importance:
-        float32 [n], finite and not negative: the weight of each column; used by the types of `USES_IMPORTANCE`.
+        float32 [n], finite and not negative: the weight of each column; used by the types of `USES_IMPORTANCE`,
+        indispensable for those of `NEEDS_IMPORTANCE`.
     threads:
         How many share the rows. The bytes do not depend on it.
 
@@ -241,7 +279,7 @@ def quantize(
     Raises
     ------
     UsageError:
-        The type is unknown or has no encoder.
+        The type is unknown, has no encoder, or needs an importance vector.
     InputError:
         `x` or `importance` is not as above, holds NaN or infinity, or does not fit the range of the type.
     """
@@ -357,6 +395,8 @@ def _check_importance(
     importance: NDArray[np.float32] | None, n_cols: int, target: Format
 ) -> NDArray[np.float32]:
     """What the kernel gets, after checking what the caller gave, even where the format ignores it."""
+    if importance is None and target.name in NEEDS_IMPORTANCE:
+        raise UsageError("importance", f"{target.name} cannot be encoded without", hint="give a weight for each column")
     if importance is None:
         return _NO_IMPORTANCE
     if importance.dtype != np.float32 or importance.shape != (n_cols,):
@@ -368,7 +408,7 @@ def _check_importance(
     return np.ascontiguousarray(importance) if target.name in USES_IMPORTANCE else _NO_IMPORTANCE
 
 
-def _check_floats(out: NDArray[np.float32], shape: tuple[int, int]) -> None:
+def _check_floats(out: NDArray[np.float32], shape: tuple[int, ...]) -> None:
     if out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous:
         raise InputError("out", f"found {_describe(out)}, expected contiguous float32 {list(shape)}")
 

@@ -121,3 +121,18 @@ def decode_source(
         tile = out[first : first + count]
         if not load_tile(kind, shape, data, scales, first, count, tile):
             note_source_faults(kind, shape, data, scales, first, count, tile, False, faults)
+
+
+@kernel(DECODE_SOURCE)
+def add_squares(
+    kind: int, shape: Shape, data: Bytes, scales: Bytes, out: Floats, faults: FaultSlots
+) -> None:
+    """Add the squares of a run's values to their columns' sums in `out`, row after row; faulty values count as 0."""
+    n_rows, n_cols, _, _, _ = shape
+    tile = aligned(_TILE)
+    for row in range(n_rows):
+        for column in range(0, n_cols, _TILE):
+            part = tile[: min(_TILE, n_cols - column)]
+            fill_tile(kind, shape, data, scales, row * n_cols + column, part, faults)
+            for i in range(part.size):
+                out[column + i] += part[i] * part[i]

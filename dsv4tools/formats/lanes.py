@@ -212,9 +212,28 @@ float_of = _function("float_of", "int32", "float32", lambda b, x, t: b.bitcast(x
 largest_of = _function(
     "largest_of", "int32", types.int32, _call("vector.reduce.smax"), "The largest of all lanes."
 )
+smallest_of = _function(
+    "smallest_of", "int32", types.int32, _call("vector.reduce.smin"), "The smallest of all lanes."
+)
 any_of = _function(
     "any_of", "mask", types.boolean, _call("vector.reduce.or"), "Whether a mask is true in any lane."
 )
+
+
+@instruction
+def first_of(_typing: Any, mask: Any) -> Any:
+    """The number of the first lane where a mask is true, -1 if it is so in several; undefined where it is in none."""
+    if not isinstance(mask, LanesType) or mask.element != "mask":
+        return None
+
+    def lower(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        word = ir.IntType(mask.width)
+        bits = builder.bitcast(args[0], word)
+        several = builder.icmp_unsigned("!=", builder.and_(bits, builder.sub(bits, word(1))), word(0))
+        first = builder.zext(builder.cttz(bits, ir.IntType(1)(1)), ir.IntType(64))
+        return builder.select(several, ir.IntType(64)(-1), first)
+
+    return types.int64(mask), lower
 
 
 def _two(a: Any, b: Any, *elements: str) -> LanesType | None:
@@ -276,6 +295,15 @@ def fill(_typing: Any, value: Any) -> Any:
     return lanes(lanes), lambda _context, _builder, _signature, args: args[0]
 
 
+@instruction
+def lane_numbers(_typing: Any, n: Any) -> Any:
+    """`n` int32 lanes (a literal number): 0, 1, 2 ..."""
+    if not isinstance(n, types.Literal):
+        return None
+    lanes = lanes_type("int32", n.literal_value)
+    return lanes(n), lambda *_: ir.Constant(lanes.vector, list(range(lanes.width)))
+
+
 _ARRAY_ELEMENTS = {types.float32: "float32", types.float64: "float64", types.int32: "int32", types.uint8: "int8"}
 
 
@@ -297,6 +325,32 @@ def load_lanes(_typing: Any, n: Any, array: Any, index: Any) -> Any:
         return value
 
     return lanes(n, array, types.int64), lower
+
+
+@instruction
+def spread(_typing: Any, n: Any, array: Any, index: Any) -> Any:
+    """`n` lanes (a literal number) that all hold one element of an array; unchecked."""
+    if not isinstance(n, types.Literal):
+        return None
+    lanes = lanes_type(_ARRAY_ELEMENTS[array.dtype], n.literal_value)
+
+    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, array, args[1], args[2], lanes.vector.element)
+        return _fill(context, builder, array.dtype, lanes, builder.load(pointer))
+
+    return lanes(n, array, types.int64), lower
+
+
+@instruction
+def load_mask(_typing: Any, array: Any, index: Any) -> Any:
+    """A mask from an unsigned integer of an array, as many lanes as that has bits, the lowest bit first; unchecked."""
+    mask = lanes_type("mask", array.dtype.bitwidth)
+
+    def lower(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, array, args[0], args[1], ir.IntType(mask.width))
+        return builder.bitcast(builder.load(pointer), mask.vector)
+
+    return mask(array, types.int64), lower
 
 
 @helper

@@ -48,6 +48,7 @@ ENCODED = {
     "MXFP4": "09d7a3df3922b0fb",
     "IQ4_NL": "e4a175dd6a89eb60",
     "IQ4_XS": "1e2aa8a34d9e9879",
+    "IQ2_S": "1fcf6add3549d45a",
 }
 IMPORTANT = {   # the same values, column i weighing ramp(i)^2
     "Q4_K": "dfe2e225917eafcf",
@@ -61,6 +62,9 @@ IMPORTANT = {   # the same values, column i weighing ramp(i)^2
     "Q2_K": "7ffdb40ccacc8a4f",
     "IQ4_NL": "3241fcd0d92cb79d",
     "IQ4_XS": "85373a6984f2e910",
+    "IQ2_XXS": "f84233c78aec7e4c",
+    "IQ2_XS": "ba5deee9531a80b1",
+    "IQ2_S": "e985366db99920be",
 }
 DECODED = {   # 32 blocks of bytes
     "F32": "a8f787a3511b311e",
@@ -79,6 +83,9 @@ DECODED = {   # 32 blocks of bytes
     "MXFP4": "0a1dce93c9160ae9",
     "IQ4_NL": "a4722723d0fa8939",
     "IQ4_XS": "167300800b45ca48",
+    "IQ2_XXS": "5a6ee2eaf445d148",
+    "IQ2_XS": "87f8bf97c9a75872",
+    "IQ2_S": "d556df32fcb497ce",
 }
 SOURCES = {   # every code under the scales 2^-127, 1 and 2^100
     SourceKind.FP8: "fde677d4b4a7cea5",
