@@ -283,8 +283,8 @@ def test_the_first_fault_is_first_in_the_rows():
 
 def test_a_target_that_cannot_be_encoded():
     source = plain(SourceKind.F32, np.zeros((1, 256), np.uint32))
-    with pytest.raises(UsageError, match=r"IQ2_XXS cannot be encoded, these can: .*Q4_K"):
-        encode_rows(source, FORMATS["IQ2_XXS"], np.zeros(66, np.uint8))
+    with pytest.raises(UsageError, match=r"IQ1_S cannot be encoded, these can: .*Q4_K"):
+        encode_rows(source, FORMATS["IQ1_S"], np.zeros(50, np.uint8))
 
 
 BAD_SOURCES = {
