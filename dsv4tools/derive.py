@@ -9,19 +9,19 @@ import xxhash
 
 from dsv4tools.checkpoint.matrix import RowReader
 from dsv4tools.errors import InputError
-from dsv4tools.formats.codecs import encode_rows
+from dsv4tools.formats.codecs import NEEDS_IMPORTANCE, add_column_energy, decode_source, encode_rows
 from dsv4tools.formats.scales import check_scales, not_finite
-from dsv4tools.formats.source import FaultKind, Faults
+from dsv4tools.formats.source import FaultKind, Faults, SourceKind, SourceRows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from dsv4tools.formats.source import SourceRows
-    from dsv4tools.imatrix import Importance
-    from dsv4tools.plan import Unit
+    from dsv4tools.checkpoint.matrix import Matrix
+    from dsv4tools.plan import PlannedTensor, Unit
 
+ENERGY_VALUES = 1 << 20   # read at a time
 MAX_VECTORS = 64   # kept by a deriver: more than a unit needs in any model that there is
 _SOURCE_HINT = "begin anew with --nan zero --restart to convert such values to 0"
 _FAULTS = {
@@ -45,6 +45,15 @@ def source_checksum(rows: SourceRows | NDArray[np.int32]) -> str:
     return digest.hexdigest()
 
 
+def as_numbers(rows: SourceRows) -> SourceRows:
+    """Rows in blocks of a ggml type as float32 rows; others as they are."""
+    if rows.blocks is None:
+        return rows
+    values = np.empty((rows.n_rows, rows.n_cols), np.float32)
+    decode_source(rows, values)
+    return SourceRows(SourceKind.F32, values.view(np.uint8).reshape(-1), rows.n_rows, rows.n_cols)
+
+
 class UnitDeriver:
     """Reads and encodes units, with buffers that it uses again: one per worker.
 
@@ -57,11 +66,11 @@ class UnitDeriver:
     """
 
     def __init__(self, n_experts: int, *, zero_nan: bool = False) -> None:
-        self._reader = RowReader()
+        self._reader, self._other_reader = RowReader(), RowReader()
         self._out = np.zeros(0, np.uint8)
         self._n_experts, self._zero_nan = n_experts, zero_nan
         self._vectors: dict[int, NDArray[np.float32] | None] = {}
-        self._vectors_of: Importance | None = None
+        self._vectors_of: PlannedTensor | None = None
 
     def read(self, unit: Unit) -> SourceRows | NDArray[np.int32]:
         """The unit's source rows as stored; valid until the next read. Waits for the disk, not for the processor."""
@@ -114,24 +123,40 @@ class UnitDeriver:
 
     def _runs(self, unit: Unit) -> Iterator[tuple[int, int, NDArray[np.float32] | None]]:
         """The unit's rows by the vector that weighs their columns: first row, how many, and the vector."""
-        importance = unit.planned.importance
-        if importance is None:
+        importance, needed = unit.planned.importance, unit.planned.format.name in NEEDS_IMPORTANCE
+        if importance is None and not needed:
             yield 0, unit.n_rows, None
             return
+        rows_each = importance.rows_each if importance is not None else unit.planned.rows_each
         start, done = unit.first_tensor_row, 0
         while done < unit.n_rows:
-            number, before = divmod(start + done, importance.rows_each)
-            n = min(unit.n_rows - done, importance.rows_each - before)
-            yield done, n, self._vector(importance, number)
+            number, before = divmod(start + done, rows_each)
+            n = min(unit.n_rows - done, rows_each - before)
+            yield done, n, self._vector(unit, number, unit.first_row + done - before, rows_each)
             done += n
 
-    def _vector(self, importance: Importance, number: int) -> NDArray[np.float32] | None:
-        """Vector `number`; those of the last unit are kept."""
-        if self._vectors_of is not importance or len(self._vectors) > MAX_VECTORS:
-            self._vectors_of, self._vectors = importance, {}
+    def _vector(self, unit: Unit, number: int, first: int, n: int) -> NDArray[np.float32] | None:
+        """Vector `number`, which weighs rows `first` .. of the unit's matrix; those of the last unit are kept."""
+        if self._vectors_of is not unit.planned or len(self._vectors) > MAX_VECTORS:
+            self._vectors_of, self._vectors = unit.planned, {}
         if number not in self._vectors:
-            self._vectors[number] = importance.read(number)
+            importance = unit.planned.importance
+            vector = importance.read(number) if importance is not None else None
+            if vector is None and unit.planned.format.name in NEEDS_IMPORTANCE:
+                vector = self._column_energy(unit.matrix, first, n)
+            self._vectors[number] = vector
         return self._vectors[number]
+
+    def _column_energy(self, matrix: Matrix, first: int, n: int) -> NDArray[np.float32]:
+        """What ds4's quantizer takes where it must have importance and there is none: the squares of `n` rows, summed.
+
+        Float32 [n_cols]. Faults among these rows are left to whoever encodes them.
+        """
+        energy = np.zeros(matrix.n_cols, np.float32)
+        step = max(1, ENERGY_VALUES // max(1, matrix.n_cols))
+        for row in range(first, first + n, step):
+            add_column_energy(as_numbers(self._other_reader.read_rows(matrix, row, min(step, first + n - row))), energy)
+        return np.minimum(energy, np.finfo(np.float32).max)   # values whose squares overflow do not fit the type either
 
 
 def _explain(unit: Unit, faults: Faults) -> InputError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from dsv4tools import __version__
 from dsv4tools.errors import UsageError
 from dsv4tools.flags import rules_from_flags
-from dsv4tools.formats.codecs import USES_IMPORTANCE
+from dsv4tools.formats.codecs import NEEDS_IMPORTANCE, USES_IMPORTANCE
 from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
 from dsv4tools.gguf.rules import DEFAULT_ALIGNMENT
 from dsv4tools.gguf.splits import split_kvs
@@ -64,6 +64,11 @@ class PlannedTensor:
     def name(self) -> str:
         """GGUF name."""
         return self.tensor.name
+
+    @property
+    def rows_each(self) -> int:
+        """Rows of an expert, or all of them."""
+        return self.tensor.ne[1] if len(self.tensor.ne) > 1 else 1
 
     @property
     def kernels(self) -> set[str]:
@@ -197,7 +202,15 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was changed or decided on the way that a user may want to know, one sentence each."""
-        return self.template.notes
+        without = [t for t in self.tensors if t.format.name in NEEDS_IMPORTANCE and t.tensor.stored_format != t.format
+                   and (t.importance is None or None in t.importance.vectors)]
+        if not without:
+            return self.template.notes
+        types = ", ".join(sorted({t.format.name for t in without}))
+        note = (f"{len(without)} tensors have a type that needs importance ({types}) and none, or not for all experts: "
+                "columns are weighed by the squares of the weights themselves, as ds4's quantizer does it; --imatrix "
+                "weighs them by what they are multiplied with")
+        return (*self.template.notes, note)
 
     def memory_bytes(self, threads: int) -> int:
         """Bytes of buffers that a conversion holds: source and output of the largest unit, per thread."""

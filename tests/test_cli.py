@@ -335,7 +335,7 @@ USAGE = {
     "threads many": (["--threads", "many"], "'many' is not a valid integer"),
     "experts 7": (["--experts-per-token", "7"], "is 7, the checkpoint routes each token to 2"),
     "experts 0": (["--experts-per-token", "0"], "0 is not in the range"),
-    "policy": (["--policy", "q5"], "'q5' is neither a shipped policy (bf16, f32, mxfp4, q4k, q8) nor a file"),
+    "policy": (["--policy", "q5"], "'q5' is neither a shipped policy (bf16, f32, mxfp4, q2, q4k, q8) nor a file"),
     "type": (["--experts", "q9_k"], "--experts: unknown ggml type 'q9_k'"),
     "tensor type": (["--tensor-type", "blk.0"], "'blk.0' is not NAME=TYPE"),
     "nan": (["--nan", "ignore"], "'ignore' is not one of 'refuse', 'zero'"),

@@ -238,11 +238,11 @@ class TestCommand:
         assert ended.code == 0
         assert f"wrote {out}: " in ended.out
         assert "measured on 64 tokens (2 chunks of 32)" in ended.out
-        ended = dsv4tools("convert", source, made, "--imatrix", out)
+        ended = dsv4tools("convert", source, made, "--policy", "q2", "--imatrix", out, "--imatrix-strict")
         assert "importance: a.gguf (2 chunks of calibration.txt), for 9 of the 9 tensors" in ended.out
         assert f"next: dsv4tools verify {made} --source {source} --imatrix {out}" in ended.out
         plain = tmp_path / "plain.gguf"
-        dt.convert(dt.plan(dt.open_checkpoint(source)), plain)
+        dt.convert(dt.plan(dt.open_checkpoint(source), policy="q2"), plain)
         kinds = ("gate", "up", "down")
         assert different(made, plain) == {f"blk.{n}.ffn_{kind}_exps.weight" for n in range(3) for kind in kinds}
         ended = dsv4tools("verify", made, "--source", source, "--imatrix", out)

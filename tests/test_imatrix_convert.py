@@ -13,6 +13,7 @@ from conftest import SMALL
 from gguf import GGUFReader
 from imatrix_bytes import dat, read_dat, write_gguf
 from independent import Weights, payload
+from tamper import write_tensor
 
 import dsv4tools as dt
 from dsv4tools import spot_check
@@ -35,11 +36,18 @@ def metadata(path):
 
 
 @pytest.fixture(scope="module")
-def golden(tiny_6e, tmp_path_factory, data):
-    """The checkpoint converted with the matrix of the C quantizer's hashes."""
-    out = tmp_path_factory.mktemp("golden") / "q4k-imatrix.gguf"
-    dt.convert(dt.plan(dt.open_checkpoint(tiny_6e), imatrix=data / "tiny-6e.imatrix.dat"), out, threads=2)
-    return out
+def goldens(tiny_6e, tmp_path_factory, data):
+    """The checkpoint converted as the C quantizer was told to for its hashes, by the recipe's name."""
+    directory, checkpoint = tmp_path_factory.mktemp("golden"), dt.open_checkpoint(tiny_6e)
+    plans = {f"{policy}{ending}": dt.plan(checkpoint, policy=policy, imatrix=data / given if given else None)
+             for policy in ("q2", "q4k") for ending, given in (("", None), ("-imatrix", "tiny-6e.imatrix.dat"))}
+    del plans["q4k"]   # is tested without matrices
+    return {name: dt.convert(plan, directory / f"{name}.gguf", threads=2).path for name, plan in plans.items()}
+
+
+@pytest.fixture
+def golden(goldens):
+    return goldens["q4k-imatrix"]
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +66,10 @@ def weights(source):
     return Weights(source)
 
 
-def test_every_tensor_is_what_the_c_quantizer_writes(golden, data):
-    expected = json.loads((data / "tiny-6e.tensors.json").read_text())["q4k-imatrix"]
-    assert hashes(golden) == {name: t["sha256"] for name, t in expected.items()}
+@pytest.mark.parametrize("recipe", ["q2", "q2-imatrix", "q4k-imatrix"])
+def test_every_tensor_is_what_the_c_quantizer_writes(recipe, goldens, data):
+    expected = json.loads((data / "tiny-6e.tensors.json").read_text())[recipe]
+    assert hashes(goldens[recipe]) == {name: t["sha256"] for name, t in expected.items()}
 
 
 class TestForms:
@@ -130,6 +139,66 @@ class TestForms:
         sums[2] = 1
         assert found == b"".join(dt.quantize(rows, "Q4_K", vector).tobytes()
                                  for rows, vector in zip(weights.gguf(GATE), sums, strict=True))
+
+
+def energy(rows):
+    """The squares of each column, added up in float32, row after row."""
+    total = np.zeros(rows.shape[1], np.float32)
+    for row in rows:
+        total += row * row
+    return total
+
+
+class TestColumnEnergy:
+    """What stands in for importance where a type cannot do without."""
+
+    def test_it_is_that_of_the_whole_expert(self, source, weights, tmp_path, monkeypatch):
+        """Units are parts of experts, and the plan says what is done."""
+        monkeypatch.setattr(sys.modules["dsv4tools.plan"], "MAX_UNIT_VALUES", 100 * 256)
+        monkeypatch.setattr(sys.modules["dsv4tools.derive"], "ENERGY_VALUES", 70 * 256)
+        vector = np.random.default_rng(1).uniform(0.1, 2, 256).astype(np.float32)
+        (tmp_path / "a.dat").write_bytes(dat([(f"{GATE}.expert.1", 1, vector)]))
+        plan = dt.plan(dt.open_checkpoint(source), policy="q2", imatrix=tmp_path / "a.dat")
+        (note,) = plan.notes
+        assert note.startswith("6 tensors have a type that needs importance (IQ2_XXS) and none, or not for all")
+        dt.convert(plan, tmp_path / "out.gguf", threads=2)
+        found = {t.name: payload(t) for t in GGUFReader(tmp_path / "out.gguf").tensors}
+        for name, own in ((GATE, {1: vector}), ("blk.2.ffn_up_exps.weight", {})):
+            assert found[name] == b"".join(
+                dt.quantize(rows, "IQ2_XXS", own[e] if e in own else energy(rows)).tobytes()
+                for e, rows in enumerate(weights.gguf(name)))
+        report = dt.verify(tmp_path / "out.gguf", source=source, imatrix=tmp_path / "a.dat", sample=30)
+        assert {t.judgement for t in report.tensors} == {"identical"}
+
+    def test_of_a_matrix_it_is_that_of_all_rows(self, source, weights, tmp_path):
+        name = "blk.1.attn_output_a.weight"
+        plan = dt.plan(dt.open_checkpoint(source), tensor_types=[f"{name}=iq2_xxs"])
+        dt.convert(plan, tmp_path / "out.gguf", engines=["none"])
+        found = next(payload(t) for t in GGUFReader(tmp_path / "out.gguf").tensors if t.name == name)
+        rows = weights.gguf(name)
+        assert found == dt.quantize(rows, "IQ2_XXS", energy(rows)).tobytes()
+
+    def test_from_a_gguf_it_is_the_same(self, source, tmp_path):
+        """A source of blocks: MXFP4 has exactly the checkpoint's values."""
+        checkpoint = dt.open_checkpoint(source)
+        dt.convert(dt.plan(checkpoint, policy="mxfp4"), tmp_path / "mxfp4.gguf")
+        dt.convert(dt.plan(checkpoint, policy="q2"), tmp_path / "q2.gguf")
+        dt.convert(dt.plan(dt.open_source(tmp_path / "mxfp4.gguf"), policy="q2"), tmp_path / "again.gguf")
+        assert hashes(tmp_path / "again.gguf") == hashes(tmp_path / "q2.gguf")
+
+    def test_values_that_are_not_finite(self, make_checkpoint, tmp_path):
+        path = make_checkpoint()
+        name = "layers.1.ffn.experts.2.w1"
+        write_tensor(path, f"{name}.scale", b"\xff", at=5)
+        with pytest.raises(InputError, match=r"experts\.2\.w1\.scale.* NaN scale byte"):
+            dt.convert(dt.plan(dt.open_checkpoint(path), policy="q2"), tmp_path / "out.gguf")
+        done = dt.convert(dt.plan(dt.open_checkpoint(path), policy="q2", nan="zero"), tmp_path / "zero.gguf")
+        assert done.zeroed == {"blk.1.ffn_gate_exps.weight": 32}
+        values = Weights(path).source(f"{name}.weight")
+        values[np.isnan(values)] = 0
+        found = next(payload(t) for t in GGUFReader(done.path).tensors if t.name == "blk.1.ffn_gate_exps.weight")
+        n = len(found) // 4
+        assert found[2 * n : 3 * n] == dt.quantize(values, "IQ2_XXS", energy(values)).tobytes()
 
 
 class TestCoverage:

@@ -77,7 +77,7 @@ def refuse(policy_file, message, *rules, error=InputError):
 # The shipped ones
 
 
-@pytest.mark.parametrize("name", ["q4k", "q8", "bf16", "f32"])
+@pytest.mark.parametrize("name", ["q4k", "q2", "q8", "bf16", "f32"])
 def test_shipped_policies_give_the_types_of_the_c_tools_recipes(tiny_6e, data, name):
     expected = json.loads((data / "tiny-6e.tensors.json").read_text("utf-8"))[name]
     found = decide_formats(load_policy(name), derive_template(open_checkpoint(tiny_6e)).tensors, {})
@@ -88,6 +88,16 @@ def test_q4k_gives_the_types_that_both_engines_load_at_full_size(flash_plan, dat
     expected = json.loads((data / "flash_one_file.json").read_text("utf-8"))["tensors"]
     found = decide_formats(load_policy("q4k"), flash_plan.template.tensors, {})
     assert {tensor: d.format.name for tensor, d in found.items()} == {name: kind for name, kind, _ in expected}
+
+
+def test_q2_is_q4k_but_for_the_experts(flash_plan):
+    tensors = flash_plan.template.tensors
+    found, q4k = (decide_formats(load_policy(name), tensors, {}) for name in ("q2", "q4k"))
+    types = {"ffn_gate_exps": "IQ2_XXS", "ffn_up_exps": "IQ2_XXS", "ffn_down_exps": "Q2_K"}
+    expected = {name: types.get(name.split(".")[-2], d.format.name) for name, d in q4k.items()}
+    assert {name: d.format.name for name, d in found.items()} == expected
+    n_bytes = sum(found[t.name].format.n_bytes(t.ne) for t in tensors)
+    assert n_bytes / 2**30 == pytest.approx(80.76, abs=0.01)   # ds4's published file of this recipe
 
 
 def test_mxfp4_is_q4k_but_for_the_experts(flash_plan):

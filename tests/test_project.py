@@ -46,6 +46,7 @@ LOWER = {
     "formats": ("gguf", "checkpoint", "template", "policy", "plan", "convert", "verify", "cli", "model", "reroute"),
     "checkpoint": ("gguf", "template", "policy", "plan", "convert", "verify", "cli", "model", "reroute"),
     "template": ("policy", "plan", "convert", "verify", "cli", "model", "reroute"),
+    "imatrix": ("policy", "plan", "convert", "verify", "cli", "model", "reroute"),
     "model": ("cli",),
 }
 
