@@ -24,6 +24,7 @@ from nursery import Nursery
 import dsv4tools as dt
 from dsv4tools.checkpoint.card import RECEIPT
 from dsv4tools.parts import convert_part, part_path, read_part
+from dsv4tools.split_plan import split_plan
 from dsv4tools.synthetic import write_checkpoint, write_full_width
 
 if TYPE_CHECKING:
@@ -139,6 +140,39 @@ class Convert:
         self.out.unlink()
 
 
+class Split(Convert):
+    """A conversion to a split set: no first part, or all parts."""
+
+    def __init__(self, directory: Path, source: Path | None = None) -> None:
+        super().__init__(directory, source)
+        size = self.expected.stat().st_size * 2 // 5
+        dt.convert(split_plan(self.plan, size), directory / "expected-set.gguf")
+        self.pieces = sorted(directory.glob("expected-set-*-of-*.gguf"))
+        assert len(self.pieces) >= 3
+        self._size = size
+
+    @property
+    def arguments(self) -> list[str]:
+        return [*super().arguments, "--split-max-size", str(self._size)]
+
+    def _paths(self) -> list[Path]:
+        return [self.out.with_name(piece.name.replace("expected-set", "out")) for piece in self.pieces]
+
+    def look(self) -> str:
+        assert checksums(self.source) == self.before, "the source was changed"
+        paths = self._paths()
+        for path, piece in zip(paths, self.pieces, strict=True):
+            assert not path.exists() or path.read_bytes() == piece.read_bytes(), f"{path.name} is not whole"
+        if paths[0].exists():
+            assert all(path.exists() for path in paths), "a first part without the others"
+            return "whole"
+        return "resumable" if list(self.out.parent.glob("out-*")) else "nothing"
+
+    def clean(self) -> None:
+        for path in self._paths():
+            path.unlink()
+
+
 class Parts(Convert):
     """A conversion by parts, then put together: the same of each part, and of the whole."""
 
@@ -240,7 +274,7 @@ def difference(path: Path, expected: Path, position: int) -> int | None:
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
-    "convert": Convert, "parts": Parts, "assemble": Assemble, "reroute": RerouteDirectory,
+    "convert": Convert, "split": Split, "parts": Parts, "assemble": Assemble, "reroute": RerouteDirectory,
     "reroute-gguf": RerouteGguf, "download": Download,
 }  # fmt: skip
 

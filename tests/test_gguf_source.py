@@ -21,6 +21,7 @@ import dsv4tools as dt
 from dsv4tools.engines import choose_engines, find_profile, judge, judge_file
 from dsv4tools.engines.header import header_of_plan
 from dsv4tools.errors import InputError, UsageError, VerifyError
+from dsv4tools.formats.codecs import DECODABLE
 from dsv4tools.formats.table import FORMATS
 from dsv4tools.gguf.header import TensorInfo, encode_header, lay_out
 from dsv4tools.gguf.reader import open_gguf
@@ -222,6 +223,40 @@ def test_every_type_that_can_be_decoded_is_decoded_like_ggml(made, tmp_path):
             if t.name in held:
                 np.testing.assert_array_equal(t.data.reshape(held[t.name].shape), held[t.name], t.name)
     assert Weights(source).names() == {t.name for t in gguf.GGUFReader(out).tensors}
+
+
+def test_each_type_is_a_source(made, tmp_path):
+    """Every type that we decode, one tensor in each: to F32 as gguf-py decodes it, and from there on to Q4_K."""
+    _, directory = made
+    path = tmp_path / "in.gguf"
+    path.write_bytes((directory / "q8.gguf").read_bytes())
+    types = sorted(DECODABLE)
+    made_of = {}
+
+    def vary(held):
+        matrices = [n for n, (_, ne, _) in held.items() if len(ne) > 1 and ne[0] % 256 == 0 and "exps" not in n]
+        assert len([n for n in matrices if held[n][0].name == "Q8_0"]) >= len(types)
+        for name, kind in zip([n for n in matrices if held[n][0].name == "Q8_0"], types, strict=False):
+            _, ne, data = held[name]
+            x = gguf.quants.dequantize(np.frombuffer(data, np.uint8).reshape(ne[1], -1),
+                                       gguf.GGMLQuantizationType.Q8_0)
+            importance = np.ones(ne[0], np.float32)
+            held[name] = FORMATS[kind], ne, dt.quantize(x, kind, importance).tobytes()
+            made_of[name] = kind
+        return held
+
+    rewrite(path, tensors=vary)
+    assert sorted(made_of.values()) == types
+    convert(path, tmp_path / "f32.gguf", policy="keep", tensor_types=[f"{name}=f32" for name in made_of])
+    convert(path, tmp_path / "q4k.gguf", policy="keep", allow_requantize=True,
+            tensor_types=[f"{name}=q4_k" for name in made_of])
+    held = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    wide, narrow = ({t.name: t for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors} for name in ("f32", "q4k"))
+    for name, kind in made_of.items():
+        values = gguf.quants.dequantize(held[name].data, held[name].tensor_type).reshape(wide[name].data.shape)
+        np.testing.assert_array_equal(wide[name].data, values, kind)
+        expected = held[name].data if kind == "Q4_K" else dt.quantize(np.ascontiguousarray(values, np.float32), "Q4_K")
+        assert narrow[name].data.tobytes() == expected.tobytes(), kind
 
 
 def test_rounding_again_needs_a_word(made, tmp_path, dsv4tools):

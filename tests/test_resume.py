@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL, checksums
-from kills import Assemble, Convert, Parts, kill_often
+from kills import Assemble, Convert, Parts, Split, kill_often
 from tamper import find_tensor, shards, write_tensor
 
 import dsv4tools as dt
@@ -406,7 +406,7 @@ def test_a_source_that_changes_before_the_last_look_is_told(source, tmp_path, mo
 # --------------------------------------------------------------------------------------------------------------- kills
 
 
-@pytest.mark.parametrize("subject", [Convert, Parts, Assemble])
+@pytest.mark.parametrize("subject", [Convert, Parts, Assemble, Split])
 def test_kills_cost_no_byte(subject, source, tmp_path):
     """`scripts/kill-test` does it at length."""
     found = kill_often(subject(tmp_path, source), 12, seed=1)

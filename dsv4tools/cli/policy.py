@@ -89,7 +89,7 @@ def show_command(name: str, as_json: bool) -> None:
 @json_option
 def explain_command(source: Path | HubReference, compare: str | None, threads: int | None, as_json: bool,
                     **options: Any) -> None:
-    """Show which type each tensor of the checkpoint SRC gets, by which rule, and how many bytes that takes.
+    """Show which type each tensor of SRC (a checkpoint or a GGUF) gets, by which rule, and how many bytes that takes.
 
     With --compare: bytes, bits per weight and relative error of each role, for several policies.
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @json_option
 def template(source: Path | HubReference, out: Path, sparse: bool, overwrite: bool, as_json: bool,
              **options: Any) -> None:
-    """Write what a GGUF of the checkpoint SRC says before its weights.
+    """Write what a GGUF of SRC, a checkpoint or another GGUF, says before its weights.
 
     The file can be given to `convert --template`, to the C quantizer, and (with --sparse) to the header checks of
     gguf-py, ds4 and llama.cpp, without converting anything.

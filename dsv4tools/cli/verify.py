@@ -32,7 +32,7 @@ SHOWN = 12   # tensors in the table; --json and --report have all
 @click.command(epilog=EPILOG)
 @click.argument("path", metavar="OUT.gguf", type=click.Path(path_type=Path))
 @click.option("--source", type=source_argument, metavar="SRC",
-              help="Derive every tensor again from SRC and compare.")
+              help="Derive every tensor again from SRC, a checkpoint or a GGUF, and compare.")
 @click.option("--tensor", "tensors", multiple=True, metavar="GLOB",
               help="Look at the data of only these tensors; repeatable.")
 @engine_option
