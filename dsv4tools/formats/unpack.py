@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from dsv4tools.formats.table import Format
 
 CODED = "MXFP4"           # holds what FP4 rows hold: its codes and scales are taken as they are
-TILE_VALUES = 1 << 15     # decoded at a time: 128 kB, which a core's cache holds
+TILE_VALUES = 1 << 15     # decoded at a time: 128 kB of float32, which a core's cache holds
+CODED_VALUES = 1 << 17    # the same of codes, with what is needed on the way
 _VALUES, _BYTES = 32, 17
 
 
@@ -37,7 +38,7 @@ def unpacked(
         yield 0, rows
         return
     row_bytes = stored.row_bytes(n_cols)
-    step = max(1, TILE_VALUES // max(1, n_cols))
+    step = max(1, (CODED_VALUES if stored.name == CODED else TILE_VALUES) // max(1, n_cols))
     tile = np.empty((min(step, rows.n_rows), n_cols), np.float32) if stored.name != CODED else None
     for first in range(0, rows.n_rows, step):
         n = min(step, rows.n_rows - first)
@@ -53,8 +54,10 @@ def _from_mxfp4(data: NDArray[np.uint8], n_rows: int, n_cols: int) -> SourceRows
     """FP4 rows with the codes and scales of MXFP4 blocks: values 16 apart share a byte there, neighbours do here."""
     blocks = data.reshape(-1, _BYTES)
     scales = np.ascontiguousarray(blocks[:, 0]).reshape(n_rows, n_cols // _VALUES)
-    codes = np.empty((len(blocks), _VALUES), np.uint8)
-    np.bitwise_and(blocks[:, 1:], 15, out=codes[:, :16])
-    np.right_shift(blocks[:, 1:], 4, out=codes[:, 16:])
-    packed = np.bitwise_or(codes[:, 0::2], np.left_shift(codes[:, 1::2], np.uint8(4)))
+    pairs = np.ascontiguousarray(blocks[:, 1:]).view("<u2")   # of two neighbours and the two 16 behind them
+    packed = np.empty((len(blocks), _VALUES // 2), np.uint8)
+    for half, shift in ((packed[:, :8], 0), (packed[:, 8:], 4)):
+        codes = (pairs >> shift) & 0x0F0F
+        codes |= codes >> 4
+        half[:] = codes.astype(np.uint8)   # the low byte
     return SourceRows(SourceKind.FP4, packed.reshape(-1), n_rows, n_cols, scales, 1, _VALUES)
