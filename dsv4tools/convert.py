@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from dsv4tools.derive import UnitDeriver, source_checksum
 from dsv4tools.engines import check_plan
@@ -13,6 +13,7 @@ from dsv4tools.errors import Dsv4Error, Interrupted, ResourceError, UsageError
 from dsv4tools.formats.codecs import prepare, self_test
 from dsv4tools.gguf.reader import scan_gguf
 from dsv4tools.gguf.splits import SPLIT_KEYS, join_parts, open_whole
+from dsv4tools.hub.stream import feed_units, plan_stream
 from dsv4tools.identity import plan_identity, shard_states
 from dsv4tools.journal import BYTES_PER_UNIT
 from dsv4tools.loss import Loss, measure_losses
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from dsv4tools.gguf.reader import GgufFile
     from dsv4tools.journal import FinishedUnit
     from dsv4tools.plan import Plan, PlannedFile, Unit
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ def convert(
     checked and on disk; until then it is ``OUT.partial``, and a stopped conversion goes on where it was when it is
     called again with an equal plan.
 
+    Shards of a checkpoint on the Hub are fetched into its cache while others are converted (`hub.stream`).
+
     Parameters
     ----------
     out:
@@ -88,19 +93,20 @@ def convert(
     ------
     UsageError
         `out` or `manifest` exists, or is an input; `threads` out of range; a partial file of another plan; an unknown
-        engine.
+        engine; shards of a directory are to be deleted.
     InputError
         An engine that was asked for would refuse the file, or every known one would; a source value is not finite, or
         does not fit its type.
     ResourceError
         No space, no permission, another conversion holds the lock, a read or write failed.
     VerifyError
-        A shard changed while it was being read.
+        A shard changed while it was being read, or came from the Hub with a wrong hash twice.
     Interrupted
         ``run.stop`` was set.
     """
     out, manifest = Path(out), None if manifest is None else Path(manifest)
     run = run or RunOptions(threads=threads, progress=progress)
+    plan_stream(plan, run)   # for its refusals
     check_plan(plan, engines)
     n_threads = check_conversion(plan, out, threads=run.threads, overwrite=overwrite, manifest=manifest)
     paths = output_paths(plan, out)
@@ -191,15 +197,24 @@ def write_units(  # noqa: PLR0917  - what, whereto, how: each of them once
         return work
 
     todo = (unit for unit in units if position(unit) not in output.finished)
-    record_all(run_units(todo, make_worker, threads, run.stop), output, run)
+    with feed_units(plan.checkpoint, todo, run, output.flush) as feed:
+        results = run_units(feed, make_worker, threads, run.stop, feed.halt)
+        record_all(results, output, run, feed.done)
 
 
-def record_all(results: Generator[tuple[Any, FinishedUnit], None, None], output: OutputFile, run: RunOptions) -> None:
-    """Record what workers have written until there is no more; Interrupted if they were stopped."""
+def record_all(
+    results: Generator[tuple[Item, FinishedUnit], None, None], output: OutputFile, run: RunOptions,
+    done: Callable[[Item], None] = lambda _: None,
+) -> None:
+    """Record what workers have written until there is no more; Interrupted if they were stopped.
+
+    `done` hears of each item that was recorded.
+    """
     with closing(results):
-        for _, finished in results:
+        for item, finished in results:
             output.record(finished)
             run.advance(finished.n_bytes)
+            done(item)
     output.flush()
     if run.stop.is_set():
         raise Interrupted(run.stop.signal_number, "stopped", hint=output.hint)
@@ -218,7 +233,8 @@ def make_recheck(plan: Plan) -> Callable[[FinishedUnit, set[str]], bool]:
             return False
         if changed.isdisjoint(unit.matrix.shard_names):
             return True
-        return source_checksum(deriver.read(unit)) == finished.source
+        # To fetch a shard again in order to look at it would be no less work than to do its units again.
+        return unit.matrix.at_hand and source_checksum(deriver.read(unit)) == finished.source
 
     return recheck
 

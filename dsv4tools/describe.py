@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from dsv4tools.checkpoint import Checkpoint
     from dsv4tools.gguf.reader import GgufFile
+    from dsv4tools.hub.stream import StreamPlan
     from dsv4tools.imatrix import ImatrixFile
     from dsv4tools.plan import Plan
 
@@ -38,8 +39,11 @@ def estimate_seconds(plan: Plan, threads: int) -> float:
     return max(encoding / threads, (plan.source_bytes + plan.total_bytes) / DISK_BYTES_PER_SECOND)
 
 
-def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
-    """The plan as JSON-ready data; free space is None where the output's directory does not exist."""
+def describe_plan(plan: Plan, out: Path, threads: int, stream: StreamPlan | None = None) -> dict[str, Any]:
+    """The plan as JSON-ready data; free space is None where the output's directory does not exist.
+
+    `stream` says how shards come from the Hub; None where they are files.
+    """
     try:
         free: int | None = free_bytes(out.parent)
     except OSError:
@@ -53,8 +57,9 @@ def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
         "data_offset": plan.data_offset,
         "source_bytes": plan.source_bytes,
         "free_bytes": free,
-        "fits": free is not None and plan.total_bytes + BYTES_PER_UNIT * plan.n_units + SPACE_MARGIN_BYTES <= free,
-        "hash_verified": False,
+        "fits": free is not None and _fits(plan, out, free, stream),
+        "hash_verified": stream is not None,
+        "stream": None if stream is None else asdict(stream) | {"directory": str(stream.directory)},
         "threads": threads,
         "buffer_bytes": plan.memory_bytes(threads),
         "estimated_seconds": round(estimate_seconds(plan, threads), 1),
@@ -76,6 +81,17 @@ def describe_plan(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
             for t in plan.tensors
         ],
     }
+
+
+def _fits(plan: Plan, out: Path, free: int, stream: StreamPlan | None) -> bool:
+    """Whether the output, and the shards on their way, fit the file systems that they are for."""
+    need = plan.total_bytes + BYTES_PER_UNIT * plan.n_units + SPACE_MARGIN_BYTES
+    if stream is None:
+        return need <= free
+    home = next(p for p in (stream.directory, *stream.directory.parents) if p.exists())
+    if home.stat().st_dev == out.parent.stat().st_dev:
+        return need + stream.n_more_bytes <= free
+    return need <= free and stream.n_more_bytes + SPACE_MARGIN_BYTES <= free_bytes(home)
 
 
 def output_name(plan: Plan) -> str:

@@ -29,6 +29,10 @@ class RunOptions:
         Called with a sentence that a user should see: what is continued, what was found damaged.
     stop:
         Set it to stop after the units in hand.
+    shards_ahead:
+        For a checkpoint on the Hub: how many shards are fetched beyond the one in hand.
+    delete_shards:
+        For a checkpoint on the Hub: remove each shard from our cache after its last use.
     """
 
     threads: int | None = None
@@ -37,6 +41,8 @@ class RunOptions:
     progress: Callable[[int], None] | None = None
     notify: Callable[[str], None] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
+    shards_ahead: int = 2
+    delete_shards: bool = False
 
     def advance(self, n_bytes: int) -> None:
         """Report progress to whoever listens."""

@@ -30,6 +30,7 @@ from dsv4tools.files import insist, pread_all
 from dsv4tools.formats.codecs import prepare, self_test
 from dsv4tools.gguf.reader import open_gguf
 from dsv4tools.gguf.regular import open_regular, read_bytes
+from dsv4tools.hub.stream import plan_stream
 from dsv4tools.identity import plan_identity, shard_states
 from dsv4tools.journal import BYTES_PER_UNIT, FinishedUnit, compare_identity
 from dsv4tools.manifest import write_manifest
@@ -90,6 +91,7 @@ def convert_part(
     if len(plan.files) > 1:
         raise UsageError("--part", "is for an output of one file", hint="assemble it, then split it: dsv4tools convert "
                          "OUT.gguf SET.gguf --policy keep --split-max-size SIZE")
+    plan_stream(plan, run)   # for its refusals
     check_output(plan.checkpoint, out, overwrite=overwrite)
     path = part_path(out, part, parts)
     check_not_input(path, [shard.path for shard in plan.checkpoint.shards.values()])

@@ -51,12 +51,12 @@ class _Crew(Generic[Item, Result]):
 
     def __init__(
         self, items: Iterable[Item], make_worker: Callable[[threading.Semaphore], Callable[[Item], Result]],
-        threads: int, stop: threading.Event,
+        threads: int, stop: threading.Event, halt: threading.Event,
     ) -> None:
         self._items, self._lock = iter(items), threading.Lock()
         self._make_worker, self._computing = make_worker, threading.Semaphore(threads)
         self.done: SimpleQueue[tuple[Item, Result] | None] = SimpleQueue()   # None: one thread has ended
-        self.stop, self.halt = stop, threading.Event()   # asked from outside; and from here
+        self.stop, self.halt = stop, halt   # asked from outside; and from here
         self.error: BaseException | None = None
         self.threads = [threading.Thread(target=self._run, name=f"unit-{i}", daemon=True)
                         for i in range(threads + EXTRA_THREADS)]
@@ -91,7 +91,7 @@ class _Crew(Generic[Item, Result]):
 
 def run_units(
     items: Iterable[Item], make_worker: Callable[[threading.Semaphore], Callable[[Item], Result]], threads: int,
-    stop: StopRequest | None = None,
+    stop: StopRequest | None = None, halt: threading.Event | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Run ``worker(item)`` for all `items`; yields results as they come, in no particular order.
 
@@ -105,12 +105,14 @@ def run_units(
         How many may compute at the same time.
     stop:
         When it is set the workers finish what they have in hand, and the generator ends early.
+    halt:
+        Is set here when no further item will be taken: for `items` that may have to be waited for.
 
     The first exception of a worker is raised here, after all others finished the item that they had in hand and those
     results were yielded. Closing the generator stops the workers likewise. ResourceError if the system gives no more
     threads.
     """
-    crew = _Crew(items, make_worker, threads, stop or StopRequest())
+    crew = _Crew(items, make_worker, threads, stop or StopRequest(), halt or threading.Event())
     try:
         running = crew.start()
         while running:

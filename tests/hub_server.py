@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -102,11 +103,14 @@ class HubServer:
     ----------
     requests:
         All that came in, in order.
+    watch:
+        Called before each piece of a file is sent.
     """
 
     def __init__(self, repositories: dict[str, Path] | None = None) -> None:
         self.repositories: dict[str, _Repository] = {}
         self.requests: list[Request] = []
+        self.watch: Callable[[Request], None] = lambda _: None
         self._faults: list[tuple[str, str, Fault]] = []
         self._lock = threading.Lock()
         for name, directory in (repositories or {}).items():
@@ -335,6 +339,7 @@ class _Handler(BaseHTTPRequestHandler):
             file.seek(begin)
             at = begin
             while at < stop:
+                self.hub.watch(self._request)
                 data = bytearray(file.read(min(_CHUNK, stop - at)))
                 if fault.corrupt is not None and at <= fault.corrupt < at + len(data):
                     data[fault.corrupt - at] ^= 1

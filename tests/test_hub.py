@@ -389,6 +389,15 @@ def test_debug_shows_no_secrets(hub, tmp_path):
     assert "Traceback" in ended.err
 
 
+def test_warnings_of_the_library_have_our_form(hub, tmp_path):
+    """In a process that loads the library while it runs: it brings a way of its own to say things, with addresses."""
+    hub.fault("lfs", SHARD, drop=1000, times=1)
+    ended = hub.run("download", REPO, "here", fresh=True)
+    assert ended.code == 0, ended
+    (line,) = [line for line in ended.err.splitlines() if "Trying to resume" in line]
+    assert line.startswith("warning: Error while downloading from ")
+
+
 # --------------------------------------------------------------------------------------------- without a Hub of its own
 
 

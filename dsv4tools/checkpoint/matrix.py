@@ -69,6 +69,11 @@ class Matrix:
         return {t.shard.path.name for t in (self.weight, self.scale) if t is not None}
 
     @property
+    def at_hand(self) -> bool:
+        """Whether its bytes can be read at no price to speak of."""
+        return all(t.shard.at_hand for t in (self.weight, self.scale) if t is not None)
+
+    @property
     def n_bytes(self) -> int:
         """Stored bytes, scales included."""
         return self.weight.n_bytes + (self.scale.n_bytes if self.scale else 0)

@@ -31,6 +31,7 @@ from dsv4tools.engines import choose_engines, judge_plan, require_engines
 from dsv4tools.errors import UsageError
 from dsv4tools.files import usable_cpus
 from dsv4tools.hints import find_hints
+from dsv4tools.hub.stream import MAX_AHEAD, plan_stream
 from dsv4tools.options import RunOptions
 from dsv4tools.outfile import check_not_input
 from dsv4tools.parts import convert_part, parse_part
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from dsv4tools.engines import Verdict
     from dsv4tools.hints import Mxfp4Hint
     from dsv4tools.hub import HubReference
+    from dsv4tools.hub.stream import StreamPlan
     from dsv4tools.plan import Plan
 
 
@@ -61,12 +63,16 @@ if TYPE_CHECKING:
 @click.option("--steal-lock", is_flag=True, help="Take the lock of a run that cannot be asked whether it still lives.")
 @click.option("--split-max-size", metavar="SIZE",
               help="Write a split set of files of at most SIZE (40G, 500M, 32GiB): OUT-00001-of-0000N.gguf and so on.")
+@click.option("--shards-ahead", type=click.IntRange(0, MAX_AHEAD), default=RunOptions().shards_ahead, metavar="N",
+              show_default=True, help="Of hf://...: shards to fetch while others are converted.")
+@click.option("--delete-shards", is_flag=True,
+              help="Of hf://...: remove each shard from the cache as soon as it is used up.")
 @click.option("--part", metavar="I/N", help="Write only part I of N, for job arrays; `assemble` joins them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and write nothing.")
 @json_option
 def convert(source: Path | HubReference, out: Path | None, threads: int | None, overwrite: bool, manifest: Path | None,
-            restart: bool, steal_lock: bool, split_max_size: str | None, part: str | None, dry_run: bool, as_json: bool,
-            engines: tuple[str, ...], **options: Any) -> None:
+            restart: bool, steal_lock: bool, split_max_size: str | None, shards_ahead: int, delete_shards: bool,
+            part: str | None, dry_run: bool, as_json: bool, engines: tuple[str, ...], **options: Any) -> None:
     """Write a GGUF from SRC: a checkpoint directory, or a GGUF whose types or dialect are to change.
 
     Of a GGUF tensors that have their type already are copied, others decoded and encoded; values that were rounded
@@ -79,6 +85,9 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
     Before anything is written the plan is checked against what ds4 and llama.cpp load. It stops (exit code 3) where an
     engine named by --engine would refuse the file, or where all of them would.
 
+    From hf://OWNER/NAME[@REVISION] shards are fetched while earlier ones are converted, and checked by their hashes.
+    They stay in the cache (DSV4TOOLS_CACHE names its place), with --delete-shards only as long as they are needed.
+
     \b
     Examples:
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --dry-run
@@ -88,6 +97,7 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --tensor-type blk.0=bf16 --engine llama.cpp
       dsv4tools convert from-llama.cpp.gguf for-ds4.gguf --policy mxfp4 --engine ds4
       dsv4tools convert DeepSeek-V4-Flash flash.gguf --imatrix flash.imatrix.gguf
+      dsv4tools convert hf://deepseek-ai/DeepSeek-V4-Flash flash.gguf --delete-shards
     """
     chosen = None if part is None else parse_part(part)
     if chosen is not None and manifest is not None:
@@ -100,11 +110,12 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
     verdicts = judge_plan(plan, asked)
     threads = threads or usable_cpus()
     out = out or Path(output_name(plan))
+    stream = plan_stream(plan, RunOptions(shards_ahead=shards_ahead, delete_shards=delete_shards))
     hints = find_hints(plan, verdicts, asked)
-    report = describe_plan(plan, out, threads) | {"engines": [v.as_data() for v in verdicts],
-                                                  "hints": [hint.as_data() for hint in hints]}
+    report = describe_plan(plan, out, threads, stream) | {"engines": [v.as_data() for v in verdicts],
+                                                          "hints": [hint.as_data() for hint in hints]}
     if dry_run:
-        show_json(report) if as_json else _show_plan(plan, report, verdicts, hints)
+        show_json(report) if as_json else _show_plan(plan, report, verdicts, hints, stream)
         require_engines(plan, verdicts, asked)
         return
     inputs = (options["template_file"], options["imatrix"], Path(options["policy"]))
@@ -115,12 +126,12 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
     if not as_json:
         show_summaries(verdicts)
     require_engines(plan, verdicts, asked)
-    for note in plan.notes:
-        say(f"note: {note}")
+    _tell_notes(plan, stream)
     started = time.monotonic()
     total_bytes = sum(t.n_bytes for t in plan.tensors) // (chosen[1] if chosen else 1)
     with graceful_stop() as stop, progress_bar(total_bytes, out.name) as advance:
-        run = RunOptions(threads, restart, steal_lock, advance, lambda note: say(f"note: {note}"), stop)
+        run = RunOptions(threads, restart, steal_lock, advance, lambda note: say(f"note: {note}"), stop, shards_ahead,
+                         delete_shards)
         if chosen is not None:
             path, existed = convert_part(plan, out, *chosen, overwrite=overwrite, run=run)
             _show_part(path, existed=existed, out=out, as_json=as_json)
@@ -134,6 +145,14 @@ def convert(source: Path | HubReference, out: Path | None, threads: int | None, 
                              "manifest": str(manifest) if manifest else None})
     else:
         _show_done(plan, done, seconds, source, manifest, options["imatrix"])
+
+
+def _tell_notes(plan: Plan, stream: StreamPlan | None) -> None:
+    for note in plan.notes:
+        say(f"note: {note}")
+    if stream is not None:
+        say(f"note: up to {stream.peak_shards} of {stream.n_shards} shards at once, {format_bytes(stream.peak_bytes)}, "
+            f"in {stream.directory}")
 
 
 def _show_done(
@@ -155,7 +174,8 @@ def _show_done(
     if manifest:
         show(f"wrote {manifest}")
     with_imatrix = ("--imatrix", imatrix) if plan.imatrix is not None else ()
-    show(f"next: {shell_words('dsv4tools', 'verify', out, '--source', source, *with_imatrix)}")
+    origin = plan.checkpoint.reference or source
+    show(f"next: {shell_words('dsv4tools', 'verify', out, '--source', origin, *with_imatrix)}")
 
 
 def _show_part(path: Path, *, existed: bool, out: Path, as_json: bool) -> None:
@@ -170,8 +190,22 @@ def _show_part(path: Path, *, existed: bool, out: Path, as_json: bool) -> None:
     show(f"next, when all parts are there: {shell_words('dsv4tools', 'assemble', out)}")
 
 
+def _show_source(plan: Plan, stream: StreamPlan | None) -> None:
+    hashes = "not hash-verified" if stream is None else "the sha256 of each shard is checked before it is used"
+    show(f"source         {plan.source_bytes} bytes to read, {format_bytes(plan.source_bytes)}; {hashes}")
+    if stream is None:
+        return
+    there = f", {format_bytes(stream.n_present_bytes)} of them there" if stream.n_present_bytes else ""
+    kept = "each is removed when it is used up" if stream.delete else "they stay there (--delete-shards removes them)"
+    show(f"shards         {stream.n_shards} from the Hub, {format_bytes(stream.n_bytes)}{there}; "
+         f"{stream.shards_ahead} fetched ahead")
+    show(f"extra disk     at most {stream.peak_shards} shards at once, {format_bytes(stream.peak_bytes)}, in "
+         f"{stream.directory}: {kept}")
+
+
 def _show_plan(
-    plan: Plan, report: dict[str, object], verdicts: Sequence[Verdict], hints: Sequence[Mxfp4Hint]
+    plan: Plan, report: dict[str, object], verdicts: Sequence[Verdict], hints: Sequence[Mxfp4Hint],
+    stream: StreamPlan | None,
 ) -> None:
     rows: list[tuple[object, ...]] = [("tensor", "shape", "type", "offset", "bytes", "rule")]
     rows += [(t.name, "x".join(map(str, t.tensor.ne)), t.format.name, t.offset, t.n_bytes, t.rule)
@@ -198,7 +232,7 @@ def _show_plan(
     if len(plan.files) > 1:
         for path, file in zip(output_paths(plan, Path(str(report["out"]))), plan.files, strict=True):
             show(f"  {path.name:<12} {len(file.tensors)} tensors, {file.n_bytes} bytes, {format_bytes(file.n_bytes)}")
-    show(f"source         {plan.source_bytes} bytes to read, {format_bytes(plan.source_bytes)}; not hash-verified")
+    _show_source(plan, stream)
     free = report["free_bytes"]
     show(f"free space     {format_bytes(free) if isinstance(free, int) else 'unknown'}"
          + ("" if report["fits"] else ": NOT ENOUGH"))

@@ -69,7 +69,7 @@ def cache_directory() -> Path | None:
 
 def tame_loggers() -> None:
     """No signed addresses, no tokens, one line for each warning of the Hub's library, through our own handler."""
-    import huggingface_hub.utils  # noqa: PLC0415  - takes a quarter of a second; gives the logger its handlers
+    import huggingface_hub.utils.logging  # noqa: PLC0415  - takes a quarter of a second; gives the logger its handler
 
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -147,7 +147,7 @@ def download(
                     n_orphans)
 
 
-class _Fetch:
+class FileFetch:
     """One file on its way: present or fetched, then hashed. Reports each byte of it once."""
 
     def __init__(
@@ -171,6 +171,7 @@ class _Fetch:
         self._n_reported = n
 
     def run(self) -> Self:
+        """Leave the file in its directory with the Hub's hash; errors of `download`, or Cancelled."""
         if self.file.name in self.plan.present:
             if matches(self.path, self.file, self.advance):
                 return self
@@ -216,7 +217,7 @@ class _Fetch:
 class _Bar:
     """What huggingface_hub takes for a progress bar: bytes go to `fetch`, nothing is shown. A subclass sets `fetch`."""
 
-    fetch: _Fetch
+    fetch: FileFetch
 
     def __init__(self, *_: object, **__: object) -> None:
         self._worker = threading.current_thread()
@@ -250,8 +251,8 @@ class _Crew:
         self.stop = threading.Event()
         # Small files first: a repository that gives no access says so before gigabytes have come.
         files = sorted(plan.files, key=lambda f: f.n_bytes)
-        self._waiting = iter([_Fetch(plan, file, self._report, self.stop) for file in files])
-        self._results: SimpleQueue[_Fetch | BaseException | None] = SimpleQueue()   # None: one worker has ended
+        self._waiting = iter([FileFetch(plan, file, self._report, self.stop) for file in files])
+        self._results: SimpleQueue[FileFetch | BaseException | None] = SimpleQueue()   # None: one worker has ended
         self._threads = [threading.Thread(target=self._work, name=f"download-{i}", daemon=True) for i in range(workers)]
 
     def _report(self, n: int) -> None:
@@ -273,7 +274,7 @@ class _Crew:
         finally:
             self._results.put(None)
 
-    def run(self) -> Iterator[_Fetch]:
+    def run(self) -> Iterator[FileFetch]:
         """Yield files as they are done; the first failure is raised when the others have stopped, or soon after."""
         try:
             for thread in self._threads:
