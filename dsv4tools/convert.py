@@ -187,8 +187,8 @@ def write_units(  # noqa: PLR0917  - what, whereto, how: each of them once
         def work(unit: Unit) -> FinishedUnit:
             try:
                 rows = deriver.read(unit)
+                source = source_checksum(rows)   # at once: much later the bytes are out of the processor's cache
                 with computing:
-                    source = source_checksum(rows)
                     data, n_zeroed = deriver.encode(unit, rows)
             except MemoryError:
                 raise ResourceError(unit.planned.name, "not enough memory", hint="use fewer --threads") from None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import xxhash
 
 from dsv4tools.checkpoint.matrix import RowReader
+from dsv4tools.checksum import checksum
 from dsv4tools.errors import InputError
 from dsv4tools.formats.codecs import NEEDS_IMPORTANCE, add_column_energy, decode_source, encode_rows
 from dsv4tools.formats.scales import check_scales, not_finite
@@ -36,13 +36,10 @@ _FAULTS = {
 
 
 def source_checksum(rows: SourceRows | NDArray[np.int32]) -> str:
-    """xxh3 of a unit's source bytes, scales included: whether it was made from what is there now."""
+    """`checksum` of a unit's source bytes, scales included: whether it was made from what is there now."""
     if isinstance(rows, np.ndarray):
-        return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(rows).data)
-    digest = xxhash.xxh3_128(rows.data.data)
-    if rows.scales is not None:
-        digest.update(rows.scales.data)
-    return digest.hexdigest()
+        return checksum(rows.reshape(-1).view(np.uint8))
+    return checksum(rows.data, *(() if rows.scales is None else (rows.scales.reshape(-1),)))
 
 
 def as_numbers(rows: SourceRows) -> SourceRows:

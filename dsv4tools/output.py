@@ -9,8 +9,8 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import xxhash
 
+from dsv4tools.checksum import checksum
 from dsv4tools.errors import Dsv4Error, Interrupted, ResourceError
 from dsv4tools.journal import FinishedUnit, JournalState, JournalWriter, check_same_plan, read_journal
 from dsv4tools.lock import OutputLock
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 BATCH_SECONDS = 2.0
 BATCH_BYTES = 256 << 20
 RECHECKED_BYTES = 512 << 20   # of the units finished last: a power cut may have damaged them all the same
-
-
-def checksum(data: NDArray[np.uint8]) -> str:
-    """xxh3 of 128 bits, hex: against accidents, at memory speed."""
-    return xxhash.xxh3_128_hexdigest(data.data)
 
 
 def working_paths(path: Path, working_name: str | None = None) -> tuple[Path, Path, Path, Path]:
@@ -232,8 +227,9 @@ class OutputFile:
 
     def write(self, position: int, data: NDArray[np.uint8], source: str, n_zeroed: int = 0) -> FinishedUnit:
         """Write a unit; safe to call from many threads. It counts as finished once it was given to `record`."""
+        digest = checksum(data)   # first: it leaves the bytes where a write finds them soonest
         self._files.write(position, data.data)
-        return FinishedUnit(position, data.nbytes, checksum(data), source, n_zeroed)
+        return FinishedUnit(position, data.nbytes, digest, source, n_zeroed)
 
     def record(self, unit: FinishedUnit) -> None:
         """Note a written unit; about every 2 s or 256 MB the data is synced and the journal follows."""

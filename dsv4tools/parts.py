@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from dsv4tools.checksum import checksum
 from dsv4tools.convert import make_recheck, record_all, write_units
 from dsv4tools.errors import Interrupted, ResourceError, UsageError, VerifyError
 from dsv4tools.files import insist, pread_all
@@ -36,7 +37,7 @@ from dsv4tools.journal import BYTES_PER_UNIT, FinishedUnit, compare_identity
 from dsv4tools.manifest import write_manifest
 from dsv4tools.options import RunOptions
 from dsv4tools.outfile import WORKING_SUFFIXES, check_not_input, check_output, check_place, check_space
-from dsv4tools.output import OutputFile, checksum, discard_leftovers, was_completed
+from dsv4tools.output import OutputFile, discard_leftovers, was_completed
 from dsv4tools.workers import choose_threads, run_units
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ class HubServer:
         self._lock = threading.Lock()
         for name, directory in (repositories or {}).items():
             self.add(name, directory)
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
@@ -168,6 +169,13 @@ class HubServer:
     def count(self, kind: str, file: str = "", method: str = "") -> int:
         """How many requests of `kind` came in."""
         return sum(r.kind == kind and file in {"", r.file} and method in {"", r.method} for r in self.requests)
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address) -> None:
+        """A client that was killed is no fault of the server's."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -238,7 +238,7 @@ class Download:
             assert difference(path, self.source / path.name, 0) is None, f"{path.name} is not whole"
         is_noted = (self.out / RECEIPT).exists()
         assert not is_noted or len(files) == len(self.before), "it says that all is there"
-        return "whole" if is_noted else f"{len(files)} files" if files else "nothing"
+        return "whole" if is_noted else "some files" if files else "nothing"
 
     def clean(self) -> None:
         shutil.rmtree(self.out)

@@ -1072,7 +1072,7 @@ def test_case_44_terminals_and_pipes(source, tmp_path):
 def test_case_45_networks(source, tmp_path):
     """Of downloads: bodies cut short, ranges ignored and connections lost are in test_hub.py.
 
-    A conversion that reads from the Hub as it goes does not exist: `hf://` is refused as no directory.
+    A conversion of what is on the Hub is refused in the same words.
     """
     with HubServer({"org/tiny": source, "org/gated": source}) as hub:
         hub.repositories["org/gated"].gated = True
@@ -1094,8 +1094,9 @@ def test_case_45_networks(source, tmp_path):
                 assert ended.err.count("error: ") == 1
                 assert TOKEN not in ended.err + ended.out
             ended = nursery.run("convert", "hf://org/tiny", tmp_path / "o.gguf")
-            assert ended.code == 3
-            assert "hf:/org/tiny: is missing" in error_line(ended.err)
+            assert ended.code == 4
+            assert "org/tiny: access denied (403)" in error_line(ended.err)
+            assert not list(tmp_path.glob("o.gguf*"))
 
 
 def test_case_46_the_result_is_looked_at_before_it_has_its_name(source, tmp_path, monkeypatch, dsv4tools):

@@ -9,10 +9,12 @@ import threading
 
 import numpy as np
 import pytest
+import xxhash
 from small_output import HEADER, SmallOutput
 
 from dsv4tools import output as module
 from dsv4tools import working
+from dsv4tools.checksum import PIECE_BYTES, checksum
 from dsv4tools.errors import Dsv4Error, InputError, Interrupted, ResourceError, UsageError, VerifyError
 from dsv4tools.journal import JournalWriter, read_journal
 from dsv4tools.output import discard_leftovers, was_completed, working_paths
@@ -717,5 +719,15 @@ def test_a_file_system_that_reserves_nothing(small, monkeypatch):
 
 def test_checksums_are_of_the_content():
     data = np.arange(100, dtype=np.uint8)
-    assert module.checksum(data) == module.checksum(data.copy()) != module.checksum(data[::-1].copy())
-    assert len(bytes.fromhex(module.checksum(data))) == 16
+    assert checksum(data) == checksum(data.copy()) != checksum(data[::-1].copy())
+    assert checksum(data) == xxhash.xxh3_128_hexdigest(data.tobytes())
+    assert checksum(data, data) == xxhash.xxh3_128_hexdigest(data.tobytes() * 2)
+    assert checksum(data[:0]) == xxhash.xxh3_128_hexdigest(b"")
+
+
+@pytest.mark.parametrize("n_bytes", [PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES, 800_000])
+def test_checksums_of_large_units_are_taken_piece_by_piece_from_their_end(n_bytes):
+    data = np.random.default_rng(n_bytes).integers(0, 256, n_bytes, np.uint8)
+    raw = data.tobytes()
+    pieces = [raw[i:i + PIECE_BYTES] for i in range(0, n_bytes, PIECE_BYTES)]
+    assert checksum(data) == xxhash.xxh3_128_hexdigest(b"".join(pieces[::-1]))
