@@ -10,6 +10,7 @@ from pathlib import Path
 
 import dsv4tools.journal
 import dsv4tools.output
+import dsv4tools.working
 from dsv4tools.formats.codecs import prepare
 
 dsv4tools.output.BATCH_BYTES = 200_000
@@ -35,9 +36,9 @@ def count(owner: object, name: str) -> None:
     setattr(owner, name, counted)
 
 
-count(dsv4tools.output, "pwrite_all")
-count(dsv4tools.output, "sync_data")
-count(dsv4tools.output, "preallocate")
+count(dsv4tools.working, "pwrite_all")
+count(dsv4tools.working, "sync_data")
+count(dsv4tools.working, "preallocate")
 count(dsv4tools.journal.JournalWriter, "_append")
 count(dsv4tools.journal.JournalWriter, "__init__")
 count(Path, "replace")

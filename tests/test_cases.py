@@ -697,6 +697,7 @@ def test_case_31_a_real_disk_that_fills_up_and_a_journal_that_has_no_room(source
 EATEN = """
 import os, sys
 import dsv4tools as dt
+import dsv4tools.output, dsv4tools.plan, dsv4tools.working
 output = sys.modules["dsv4tools.output"]
 output.BATCH_SECONDS = 0
 source, out = sys.argv[1:]

@@ -320,6 +320,7 @@ def test_a_disk_that_is_too_small_is_said_at_once(source, tmp_path, monkeypatch,
 EATEN = """
 import os, sys
 import dsv4tools as dt
+import dsv4tools.output, dsv4tools.plan, dsv4tools.working
 source, out = sys.argv[1:]
 sys.modules["dsv4tools.plan"].MAX_UNIT_VALUES = 20_000
 sys.modules["dsv4tools.working"].preallocate = os.ftruncate
@@ -339,6 +340,7 @@ except dt.ResourceError as error:
 LIMITED = """
 import resource, sys
 import dsv4tools as dt
+import dsv4tools.output, dsv4tools.plan, dsv4tools.working
 source, out = sys.argv[1:]
 sys.modules["dsv4tools.working"].preallocate = lambda fd, n_bytes: None
 plan = dt.plan(dt.open_checkpoint(source))
