@@ -36,6 +36,7 @@ def test_rows_and_threads_are_measured_one_by_one(tmp_path):
     (("--only", "Q9"), "invalid choice: 'Q9'"),
     (("--threads", "0"), "invalid counts value: '0'"),
     (("--plot", "growth.png"), "plots are SVG files"),
+    (("--processor-time", "--threads", "1,2"), "leave --threads out"),
 ])
 def test_wrong_options(options, said):
     ended = benchmark(*options)
