@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -23,7 +24,8 @@ from process import COMMAND, ROOM_SECONDS, failed, messages, run
 from tamper import drop_tensor, edit_config, find_tensor, shards
 
 import dsv4tools as dt
-from dsv4tools.cli.main import COMMANDS, group, main
+from dsv4tools.__main__ import start
+from dsv4tools.cli.main import COMMANDS, group
 from dsv4tools.errors import EXIT_CODES
 
 HOSTILE = "\x1b[31mred\x1b[0m\x07\x9b2J\u202e"
@@ -89,7 +91,24 @@ def test_version(dsv4tools):
     assert dsv4tools("--version").out == f"dsv4tools, version {dt.__version__}\n"
     assert run("--version").stdout.endswith(f"version {dt.__version__}\n")
     [script] = importlib.metadata.entry_points(group="console_scripts", name="dsv4tools")
-    assert script.load() is main
+    assert script.load() is start
+
+
+def test_ctrl_c_while_modules_load_ends_without_a_traceback():
+    code = """
+import importlib.abc, os, runpy, signal, sys
+
+class Interrupts(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupts())
+runpy.run_module("dsv4tools", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("arguments", [

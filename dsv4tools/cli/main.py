@@ -98,6 +98,8 @@ def main() -> NoReturn:
     logging.getLogger("numba").setLevel(logging.WARNING)
     logging.getLogger("dsv4tools").setLevel(logging.DEBUG if debug else logging.INFO)
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # until here, loading modules, it ended the process
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "_DSV4TOOLS_COMPLETE" in os.environ:   # a shell asks for completions, in click's own way
         group.main(arguments, prog_name="dsv4tools")
     sys.exit(_run(arguments, debug=debug))
