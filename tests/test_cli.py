@@ -158,13 +158,14 @@ def test_json_of_convert(source, tmp_path, dsv4tools):
     assert planned.keys() == {
         "out", "total_bytes", "data_bytes", "data_offset", "source_bytes", "free_bytes", "fits", "hash_verified",
         "threads", "buffer_bytes", "estimated_seconds", "policy", "experts_per_token", "nan", "notes", "left_out",
-        "bytes_by_type", "n_tensors", "tensors", "engines",
+        "bytes_by_type", "n_tensors", "tensors", "engines", "changes", "hints", "imatrix", "imatrix_coverage", "files",
+        "stream",
     }  # fmt: skip
     assert planned["fits"] is True
     assert planned["threads"] == 3
     assert not out.exists()
     done = dsv4tools("convert", source, out, "--manifest", tmp_path / "m", "--json", "--threads", 3).data
-    added = {"seconds", "zeroed", "manifest"}
+    added = {"seconds", "zeroed", "manifest", "losses"}
     assert done.keys() == planned.keys() - {"tensors", "free_bytes", "estimated_seconds"} | added
     assert {k: v for k, v in done.items() if k not in added} == {k: planned[k] for k in done.keys() - added}
     assert done["total_bytes"] == out.stat().st_size
