@@ -54,6 +54,8 @@ _CODECS: dict[str, _Codec] = {
     "IQ2_XS": _Codec("iq2_xs", "encode_xs", "decode_xs", uses_importance=True, needs_importance=True),
     "IQ2_S": _Codec("iq2_xs", "encode_s", "decode_s", uses_importance=True),
     "MXFP4": _Codec("mxfp4"),
+    "IQ3_XXS": _Codec("iq3", uses_importance=True),
+    "IQ3_S": _Codec("iq3", uses_importance=True),
     "IQ4_NL": _Codec("iq4", uses_importance=True),
     "IQ4_XS": _Codec("iq4", uses_importance=True),
 }
