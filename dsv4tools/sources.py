@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from dsv4tools.checkpoint import Checkpoint, open_checkpoint
 from dsv4tools.errors import InputError
 from dsv4tools.gguf.regular import open_regular, read_bytes
 from dsv4tools.gguf.rules import MAGIC
-from dsv4tools.hub.reference import HubReference, is_reference, parse_reference
+from dsv4tools.hub.reference import SCHEME, HubReference, is_reference, parse_reference
 from dsv4tools.hub.remote import open_remote
 from dsv4tools.plan import TEMPLATE_KEY
 from dsv4tools.template.gguf_source import GgufSource, open_gguf_source
+
+# What is written for hf://owner/name by mistake; a path has lost one of two slashes.
+_REPOSITORY = re.compile(r"(?:(?i:hf):/+|https?:/+(?:www\.)?huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)/?", re.ASCII)
 
 
 def open_source(source: str | Path | HubReference | Checkpoint, *, cache: Path | None = None) -> Checkpoint:
@@ -37,7 +41,16 @@ def open_source(source: str | Path | HubReference | Checkpoint, *, cache: Path |
     if is_reference(source):
         return open_remote(parse_reference(str(source)), cache)
     is_file = os.path.isfile(source)  # noqa: PTH113  - the one in pathlib raises for names that are too long
+    hint = None if os.path.lexists(source) else _name_repository(str(source))
+    if hint is not None:
+        raise InputError(source, "is missing", hint=hint)
     return _open_gguf(Path(source)) if is_file else open_checkpoint(source)
+
+
+def _name_repository(text: str) -> str | None:
+    """What to write for a path that is not there but looks like a repository of the Hub."""
+    match = _REPOSITORY.fullmatch(text)
+    return match and f"if a repository of the Hub is meant: {SCHEME}{match[1]}"
 
 
 def _open_gguf(path: Path) -> GgufSource:

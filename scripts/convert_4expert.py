@@ -61,6 +61,8 @@ def fetch(source: str) -> Path:
     """The directory `source`, or the one that a repository of that name is downloaded to: its name, here."""
     if not is_reference(source) and Path(source).is_dir():
         return Path(source)
+    if Path(source).exists():
+        raise UsageError(source, "is no checkpoint directory", hint="dsv4tools reroute takes a GGUF")
     try:
         reference = parse_reference(source if is_reference(source) else f"hf://{source}")
     except UsageError:

@@ -115,6 +115,10 @@ def test_what_is_in_the_way(script, tmp_path, capsys):
     assert "has 3 experts per token, expected 4 or more; use dsv4tools convert" in capsys.readouterr().err
     assert script.call("no-such-thing") == 2
     assert "no-such-thing: is no directory and no repository; give OWNER/NAME or" in capsys.readouterr().err
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.gguf").touch()
+    assert script.call("a/b.gguf") == 2
+    assert "a/b.gguf: is no checkpoint directory; dsv4tools reroute takes a GGUF" in capsys.readouterr().err
     assert script.steps == []
 
 

@@ -152,6 +152,24 @@ def test_what_is_missing_or_damaged_on_disk_is_fetched_again(hub, repository, tm
     assert content(here) == content(repository)
 
 
+@pytest.mark.parametrize("same_size", [False, True])
+def test_files_of_ones_own_are_not_replaced(hub, repository, tmp_path, same_size):
+    here = tmp_path / "here"
+    here.mkdir()
+    n_bytes = (repository / "README.md").stat().st_size
+    (here / "README.md").write_text("m" * (n_bytes if same_size else n_bytes + 1))
+    (here / "config.json").write_bytes((repository / "config.json").read_bytes())
+    before = (here / "README.md").read_bytes()
+    for _ in range(2):
+        assert failed(hub.run("download", REPO, "here"), 2) == (
+            "error: here/README.md: is there already, differs from the file on the Hub and was not fetched from it; "
+            "move it away, or choose another directory")
+        assert (here / "README.md").read_bytes() == before
+    (here / "README.md").unlink()
+    assert hub.run("download", REPO, "here").code == 0
+    assert content(here) == content(repository)
+
+
 def test_dry_run_changes_nothing(hub, repository, tmp_path):
     ended = hub.run("download", REPO, "here", "--dry-run")
     assert ended.code == 0, ended
@@ -405,7 +423,7 @@ def test_a_disk_that_is_too_small(tmp_path):
     file = RemoteFile("x", 10**12, "0" * 64, None)
     plan = DownloadPlan(Snapshot(REPO, COMMIT, {"x": file}), tmp_path / "here", (file,), frozenset(), 10**9)
     assert not plan.fits
-    with pytest.raises(ResourceError, match=r"here: 1\.00 GB .* free, the files to fetch take 1\.00 TB .*; free some"):
+    with pytest.raises(ResourceError, match=r"here: 1\.00 GB .* free, the files to fetch need 1\.00 TB .*; free some"):
         download(plan)
     assert not (tmp_path / "here").exists()
     assert replace(plan, present=frozenset({"x"})).fits

@@ -223,6 +223,39 @@ def test_what_needs_the_weights_says_so(hub, arguments):
     assert not hub.requests
 
 
+@pytest.mark.parametrize("arguments", [
+    ("verify", "SRC"), ("diff", "SRC", "x.gguf"), ("diff", "x.gguf", "SRC"),
+    ("convert", "x", "out.gguf", "--imatrix", "SRC"), ("convert", "x", "out.gguf", "--template", "SRC"),
+])
+def test_files_to_read_are_on_the_disk(dsv4tools, arguments):
+    line = dsv4tools(*(SOURCE if a == "SRC" else a for a in arguments)).failed(2)
+    assert line.endswith(f"; dsv4tools download {REPO}, then give the file")
+    assert line.startswith(f"error: {SOURCE}: is on the Hub, and this file is read from the disk")
+
+
+@pytest.mark.parametrize("arguments", [
+    ("convert", "x", "OUT"), ("template", "x", "OUT"), ("reroute", "x", "OUT", "--experts-per-token", "4"),
+    ("download", REPO, "OUT"), ("assemble", "OUT"),
+])
+def test_nothing_is_written_to_the_hub(dsv4tools, arguments):
+    line = dsv4tools(*(SOURCE if a == "OUT" else a for a in arguments)).failed(2)
+    assert line == f"error: {SOURCE}: is on the Hub, and nothing is written there; give a path on this machine"
+
+
+@pytest.mark.parametrize("text", [REPO, f"hf:/{REPO}", f"HF://{REPO}", f"https://huggingface.co/{REPO}/"])
+@pytest.mark.parametrize("command", [("convert", "SRC", "--dry-run"), ("policy", "explain", "SRC")])
+def test_repositories_by_other_names(dsv4tools, monkeypatch, tmp_path, text, command):
+    monkeypatch.chdir(tmp_path)
+    line = dsv4tools(*(text if a == "SRC" else a for a in command)).failed(3)
+    assert line.endswith(f": is missing; if a repository of the Hub is meant: {SOURCE}")
+
+
+@pytest.mark.parametrize("text", ["tiny", "/org/tiny", "../tiny", "~/tiny", "a/b/c", "org/tiny/x.gguf"])
+def test_paths_that_are_no_repositories(dsv4tools, monkeypatch, tmp_path, text):
+    monkeypatch.chdir(tmp_path)
+    assert dsv4tools("convert", text, "--dry-run").failed(3).endswith(": is missing")
+
+
 @pytest.mark.parametrize("text", ["hf://", "hf://x", "hf://a/b/c", "hf://a/b@", "hf:///x", "hf://a/../b", "hf://-a/b",
                                   "hf://datasets/a/b", "hf://a/b#main"])
 def test_names_that_are_none(dsv4tools, text):
@@ -265,10 +298,13 @@ def test_a_server_that_sends_whole_files(hub, repository, tmp_path):
 
 
 def test_rows_far_behind_the_beginning_of_whole_files(monkeypatch):
-    monkeypatch.setattr(ranges, "_MAX_SKIPPED_BYTES", 10)
+    monkeypatch.setattr(ranges, "MAX_SKIPPED_BYTES", 10)
     file = dt.hub.RemoteFile("model.safetensors", 1000, "0" * 64, None)
     reader = ranges.RangeReader(dt.hub.Snapshot(REPO, COMMIT, {file.name: file}))
+    assert reader._check_answer(Answer(200), file, 0, 1000) == 0
+    assert not reader.sends_whole_files, "the whole was asked for"
     assert reader._check_answer(Answer(200), file, 10, 5) == 10
+    assert reader.sends_whole_files
     with pytest.raises(dt.ResourceError, match=r"sends the whole file of 1\.00 kB .*; it serves no parts: use dsv4"):
         reader._check_answer(Answer(200), file, 11, 5)
 

@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,10 +21,13 @@ from tamper import write_tensor
 
 import dsv4tools as dt
 from dsv4tools import describe
-from dsv4tools.errors import Interrupted, UsageError
+from dsv4tools.errors import Interrupted, ResourceError, UsageError
 from dsv4tools.hub.local import held
+from dsv4tools.hub.ranges import RangeReader
+from dsv4tools.hub.remote import RemoteShard, RemoteSource
 from dsv4tools.hub.schedule import make_schedule
-from dsv4tools.hub.stream import StreamPlan
+from dsv4tools.hub.snapshot import RemoteFile, Snapshot
+from dsv4tools.hub.stream import StreamPlan, plan_stream
 from dsv4tools.options import RunOptions
 from dsv4tools.synthetic import write_checkpoint
 from dsv4tools.workers import StopRequest
@@ -162,10 +165,10 @@ def wait_for(condition: Callable[[], object]) -> None:
 # ------------------------------------------------------------------------------------------------------------- the plan
 
 
-def simulated(needs: list[set[int]], sizes: list[int], ahead: int) -> tuple[int, int]:
+def simulated(needs: list[set[int]], sizes: list[int], ahead: int, present: set[int]) -> tuple[int, int]:
     """The most shards and bytes on disk, by doing it: fetch, work in order of the last shard, remove what is left."""
     used = sorted(set().union(*needs))
-    disk: set[int] = set()
+    disk = present & set(used)
     most, most_bytes = 0, 0
     for i, shard in enumerate(used):
         disk |= set(used[i: i + ahead + 1])
@@ -177,12 +180,13 @@ def simulated(needs: list[set[int]], sizes: list[int], ahead: int) -> tuple[int,
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.sets(st.integers(0, 7), min_size=1, max_size=3), min_size=1, max_size=12), st.integers(0, 4),
-       st.lists(st.integers(1, 100), min_size=8, max_size=8))
-def test_schedules_state_what_happens(needs, ahead, sizes):
+       st.lists(st.integers(1, 100), min_size=8, max_size=8), st.sets(st.integers(0, 7), max_size=4))
+def test_schedules_state_what_happens(needs, ahead, sizes, present):
     names = [f"s{i}" for i in range(8)]
     schedule = make_schedule([{names[i] for i in need} for need in needs], dict(zip(names, sizes, strict=True)), ahead)
     assert schedule.shards == tuple(n for i, n in enumerate(names) if any(i in need for need in needs))
-    assert (schedule.peak_shards, schedule.peak_bytes) == simulated(needs, sizes, ahead)
+    assert schedule.peak() == simulated(needs, sizes, ahead, set())
+    assert schedule.peak({names[i] for i in present}) == simulated(needs, sizes, ahead, present)
 
 
 @pytest.mark.parametrize(("needs", "ahead", "peak"), [
@@ -190,8 +194,7 @@ def test_schedules_state_what_happens(needs, ahead, sizes):
     ([{"a", "c"}, {"b"}], 0, (2, 40)), ([{"a", "b"}, {"c"}], 0, (2, 30)), ([{"c"}], 2, (1, 30)), ([], 2, (0, 0)),
 ])
 def test_peaks(needs, ahead, peak):
-    schedule = make_schedule(needs, {"a": 10, "b": 20, "c": 30}, ahead)
-    assert (schedule.peak_shards, schedule.peak_bytes) == peak
+    assert make_schedule(needs, {"a": 10, "b": 20, "c": 30}, ahead).peak() == peak
 
 
 def test_the_plan_states_the_disk_it_takes(streams, repository, needed):
@@ -212,6 +215,42 @@ def test_the_plan_states_the_disk_it_takes(streams, repository, needed):
         streams.run("--dry-run", "--delete-shards", "--shards-ahead", 1).out
     assert streams.fetched() == []
     assert streams.cached() == []
+
+
+def test_shards_that_lie_there_count(streams, repository, needed):
+    """A run that kept its shards was stopped, and another one is to remove them: at first they are all there."""
+    streams.cache.mkdir(parents=True)
+    for name in needed[1:]:
+        shutil.copy(repository / name, streams.cache)
+    options = ("--delete-shards", "--shards-ahead", 0)
+    stream = json.loads(streams.run("--dry-run", "--json", *options).out)["stream"]
+    sizes = [(repository / name).stat().st_size for name in needed]
+    assert (stream["peak_shards"], stream["peak_bytes"]) == (len(needed), sum(sizes))
+    assert stream["n_present_bytes"] == sum(sizes[1:])
+    streams.converts(*options)
+    assert streams.fetched() == needed[:1]
+    assert streams.cached() == []
+
+
+def test_shards_are_not_deleted_where_no_parts_can_be_read(repository, monkeypatch, tmp_path):
+    """At the end rows are looked at: of large shards that are gone a server of whole files cannot send them."""
+    files = {name: RemoteFile(name, (repository / name).stat().st_size, "0" * 64, None) for name in SHARDS}
+    snapshot = Snapshot(REPO, COMMIT, files)
+    source = RemoteSource(snapshot, tmp_path, RangeReader(snapshot))
+    checkpoint = dt.open_checkpoint(repository)
+    shards = {}
+    for name, shard in checkpoint.shards.items():
+        values = {f.name: getattr(shard, f.name) for f in fields(shard)}
+        shards[name] = RemoteShard(**values, file=files[name], source=source)
+    plan = dt.plan(replace(checkpoint, shards=shards))
+    source.ranges.sends_whole_files = True
+    assert plan_stream(plan, RunOptions(delete_shards=True)) is not None, "small ones come as a whole"
+    monkeypatch.setattr("dsv4tools.hub.stream.MAX_SKIPPED_BYTES", 1 << 16)
+    assert plan_stream(plan, RunOptions()) is not None
+    with pytest.raises(ResourceError, match=r"sends whole files where parts .*; leave out --delete-shards$"):
+        plan_stream(plan, RunOptions(delete_shards=True))
+    source.ranges.sends_whole_files = False
+    assert plan_stream(plan, RunOptions(delete_shards=True)) is not None
 
 
 # -------------------------------------------------------------------------------------------------------- the same file

@@ -585,6 +585,14 @@ def test_readme_without_front_matter_and_without_base_model():
     assert edit_readme("# Model", None, 6, 4, "x").startswith("> **Re-routed with")
 
 
+def test_front_matter_that_is_empty_or_behind_a_byte_order_mark():
+    assert edit_readme("---\n---\n# A\n", "o/n", 6, 4, "x").startswith(f"---\nbase_model: o/n\n---\n\n{NOTE}")
+    assert edit_readme("---\n---\n# A\n", "o/n", 6, 4, "x").endswith("was.\n\n# A\n")
+    assert edit_readme("---\n---\n# A\n", None, 6, 4, "x").startswith("---\n---\n\n> **")
+    text = edit_readme("\ufeff---\nlicense: mit\n---\n# A\n", "o/n", 6, 4, "x")
+    assert text.startswith(f"---\nlicense: mit\nbase_model: o/n\n---\n\n{NOTE}")
+
+
 def test_line_ends_of_another_system():
     text = edit_readme("---\r\nbase_model: a/b\r\nlicense: mit\r\n---\r\n# Model\r\n", "o/n", 6, 4, "x")
     assert text.startswith("---\r\nbase_model: o/n\r\nlicense: mit\r\n---\r\n\r\n> **Re-routed")

@@ -8,6 +8,7 @@ import click
 
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, say, shell_words, show, show_json, threads_option
 from dsv4tools.cli.signals import graceful_stop
+from dsv4tools.cli.sources import output_argument
 from dsv4tools.options import RunOptions
 from dsv4tools.parts import assemble as run_assembly
 from dsv4tools.parts import find_parts
@@ -15,7 +16,7 @@ from dsv4tools.sizes import format_bytes
 
 
 @click.command(epilog=EPILOG)
-@click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT.gguf", type=output_argument)
 @threads_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--manifest", type=click.Path(path_type=Path), metavar="M",

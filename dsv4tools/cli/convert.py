@@ -23,7 +23,7 @@ from dsv4tools.cli.output import (
 )
 from dsv4tools.cli.planning import plan_from_options, plan_options
 from dsv4tools.cli.signals import graceful_stop
-from dsv4tools.cli.sources import source_argument
+from dsv4tools.cli.sources import output_argument, source_argument
 from dsv4tools.convert import check_conversion
 from dsv4tools.convert import convert as run_conversion
 from dsv4tools.describe import describe_plan, output_name
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="SRC", type=source_argument)
-@click.argument("out", metavar="[OUT.gguf]", type=click.Path(path_type=Path), required=False)
+@click.argument("out", metavar="[OUT.gguf]", type=output_argument, required=False)
 @plan_options
 @engine_option
 @threads_option

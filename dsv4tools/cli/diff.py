@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, show_table, threads_option
+from dsv4tools.cli.sources import file_argument
 from dsv4tools.diff import diff as run_diff
 from dsv4tools.errors import VerifyError
 from dsv4tools.verify.data import errors_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from dsv4tools.diff import Difference, TensorDifference
 
@@ -23,8 +24,8 @@ SHOWN = 20   # of each kind; --json has all
 
 
 @click.command(epilog=EPILOG)
-@click.argument("a", metavar="A.gguf", type=click.Path(path_type=Path))
-@click.argument("b", metavar="B.gguf", type=click.Path(path_type=Path))
+@click.argument("a", metavar="A.gguf", type=file_argument)
+@click.argument("b", metavar="B.gguf", type=file_argument)
 @click.option("--tensor", "tensors", multiple=True, metavar="GLOB",
               help="Compare only these tensors, and no metadata; repeatable.")
 @threads_option

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, say, shell_words, show, show_json, show_table
-from dsv4tools.cli.sources import tame_loggers
+from dsv4tools.cli.sources import output_argument, tame_loggers
 from dsv4tools.errors import UsageError
 from dsv4tools.hub import download as run_download
 from dsv4tools.hub import is_reference, parse_reference, plan_download
 from dsv4tools.sizes import format_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dsv4tools.hub import DownloadPlan
 
 
 @click.command(epilog=EPILOG)
 @click.argument("repository", metavar="REPO")
-@click.argument("directory", metavar="[DIR]", type=click.Path(path_type=Path), required=False)
+@click.argument("directory", metavar="[DIR]", type=output_argument, required=False)
 @click.option("--revision", metavar="R", help="Branch, tag or commit; the main branch by default.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only these files; repeatable.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not these files; repeatable.")

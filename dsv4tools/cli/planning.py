@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dsv4tools.cli.sources import open_argument
+from dsv4tools.cli.sources import file_argument, open_argument
 from dsv4tools.flags import FAMILIES
 from dsv4tools.plan import Plan, make_plan
 from dsv4tools.reroute import reroute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from dsv4tools.hub import HubReference
 
 _Command = TypeVar("_Command", bound="Callable[..., Any]")
 
 
-imatrix_option = click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
+imatrix_option = click.option("--imatrix", type=file_argument, metavar="FILE",
                               help="An importance matrix of the model: GGUF, or .dat.")
 
 
@@ -31,7 +31,7 @@ def plan_options(command: _Command) -> _Command:
                      help="Types by rule: a shipped policy, a TOML file, or 'template' (or 'keep')."),
         click.option("--experts-per-token", type=click.IntRange(1), metavar="N",
                      help="Re-route to N experts per token."),
-        click.option("--template", "template_file", type=click.Path(path_type=Path), metavar="FILE",
+        click.option("--template", "template_file", type=file_argument, metavar="FILE",
                      help="A GGUF that gives tensor order, metadata and tokenizer."),
         click.option("--nan", type=click.Choice(["refuse", "zero"]), default="refuse", show_default=True,
                      help="What to do with values that are not finite."),

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from dsv4tools.cli.output import EPILOG, json_option, layer_list, progress_bar, say, shell_words, show, show_json
-from dsv4tools.cli.sources import local_argument
+from dsv4tools.cli.sources import local_argument, output_argument
 from dsv4tools.errors import UsageError
 from dsv4tools.reroute import reroute_checkpoint, reroute_gguf
 from dsv4tools.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from dsv4tools.reroute import Rerouted
 
@@ -26,7 +26,7 @@ _NEEDS_FILES = "the result shares files with its source (convert re-routes on th
 
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="SRC", type=local_argument(_NEEDS_FILES))
-@click.argument("out", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("out", metavar="DST", type=output_argument)
 @click.option("--experts-per-token", type=click.IntRange(1), required=True, metavar="N",
               help="Fewer than the source has: N columns of its routing tables are kept.")
 @click.option("--link", type=click.Choice(["auto", "hard", "copy"]),

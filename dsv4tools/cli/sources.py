@@ -28,22 +28,33 @@ def source_argument(text: str) -> Path | HubReference:
     return parse_reference(text) if is_reference(text) else Path(text)
 
 
-def local_argument(reason: str) -> Callable[[str], Path]:
+def local_argument(reason: str, what: str = "directory") -> Callable[[str], Path]:
     """The type of an argument that must be a path; of a repository it says what to do instead, and the `reason`."""
 
     def parse(text: str) -> Path:
         if is_reference(text):
-            require_local(parse_reference(text), reason)
+            require_local(parse_reference(text), reason, what)
         return Path(text)
 
     return parse
 
 
-def require_local(reference: HubReference, reason: str) -> NoReturn:
+def require_local(reference: HubReference, reason: str, what: str = "directory") -> NoReturn:
     """Refuse a repository with UsageError, for a `reason`."""
     revision = f" --revision {reference.revision}" if reference.revision else ""
     raise UsageError(reference, f"is on the Hub, and {reason}",
-                     hint=f"dsv4tools download {reference.repository}{revision}, then give the directory")
+                     hint=f"dsv4tools download {reference.repository}{revision}, then give the {what}")
+
+
+file_argument = local_argument("this file is read from the disk", "file")
+"""The type of an argument that must be a file to read."""
+
+
+def output_argument(text: str) -> Path:
+    """The type of an argument that is written to."""
+    if is_reference(text):
+        raise UsageError(text, "is on the Hub, and nothing is written there", hint="give a path on this machine")
+    return Path(text)
 
 
 def open_argument(source: Path | HubReference) -> Checkpoint:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsv4tools.cli.output import EPILOG, json_option, shell_words, show, show_json
 from dsv4tools.cli.planning import plan_from_options, plan_options
-from dsv4tools.cli.sources import source_argument
+from dsv4tools.cli.sources import output_argument, source_argument
 from dsv4tools.sizes import format_bytes
 from dsv4tools.template_file import write_template
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dsv4tools.hub import HubReference
 
 
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="SRC", type=source_argument)
-@click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT.gguf", type=output_argument)
 @plan_options
 @click.option("--sparse", is_flag=True, help="Extend the file to full size as a hole, so that any reader opens it.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")

@@ -11,7 +11,7 @@ import click
 from dsv4tools.cli.engines import engine_option, show_verdicts
 from dsv4tools.cli.output import EPILOG, json_option, progress_bar, show, show_json, show_table, threads_option
 from dsv4tools.cli.planning import imatrix_option
-from dsv4tools.cli.sources import NEEDS_WEIGHTS, open_argument, require_local, source_argument
+from dsv4tools.cli.sources import NEEDS_WEIGHTS, file_argument, open_argument, require_local, source_argument
 from dsv4tools.errors import UsageError, VerifyError
 from dsv4tools.hub import HubReference
 from dsv4tools.outfile import check_not_input, check_place
@@ -30,7 +30,7 @@ SHOWN = 12   # tensors in the table; --json and --report have all
 
 
 @click.command(epilog=EPILOG)
-@click.argument("path", metavar="OUT.gguf", type=click.Path(path_type=Path))
+@click.argument("path", metavar="OUT.gguf", type=file_argument)
 @click.option("--source", type=source_argument, metavar="SRC",
               help="Derive every tensor again from SRC, a checkpoint or a GGUF, and compare.")
 @click.option("--tensor", "tensors", multiple=True, metavar="GLOB",

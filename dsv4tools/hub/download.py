@@ -13,7 +13,7 @@ from dsv4tools import __version__
 from dsv4tools.errors import ResourceError, UsageError, VerifyError
 from dsv4tools.files import free_bytes
 from dsv4tools.hub.faults import Cancelled, persist
-from dsv4tools.hub.local import held, matches, remove_orphans, write_receipt
+from dsv4tools.hub.local import check_replaceable, held, matches, remove_orphans, write_receipt
 from dsv4tools.hub.snapshot import LIBRARY_NAME, RemoteFile, Snapshot, list_snapshot, select_files
 from dsv4tools.outfile import explained
 from dsv4tools.sizes import format_bytes
@@ -29,13 +29,17 @@ _SPACE_MARGIN_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What to fetch, what is there already (by its size; the hashes are looked at later), and the room there is."""
+    """What to fetch, what is there already (by its size; the hashes are looked at later), and the room there is.
+
+    `own`: whether the directory is in our cache, so that whatever lies there may be replaced.
+    """
 
     snapshot: Snapshot
     directory: Path
     files: tuple[RemoteFile, ...]
     present: frozenset[str]
     free_bytes: int
+    own: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -50,7 +54,12 @@ class DownloadPlan:
     @property
     def fits(self) -> bool:
         """Whether the missing files fit the disk."""
-        return self.n_bytes_to_fetch == 0 or self.n_bytes_to_fetch + _SPACE_MARGIN_BYTES <= self.free_bytes
+        return self.n_bytes_needed <= self.free_bytes
+
+    @property
+    def n_bytes_needed(self) -> int:
+        """Free bytes that it takes to fetch what is missing, with some room for directories and notes."""
+        return self.n_bytes_to_fetch and self.n_bytes_to_fetch + _SPACE_MARGIN_BYTES
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,8 @@ def plan_download(
     Raises
     ------
     UsageError
-        `repository` is no name, `directory` is no directory, or the globs leave nothing.
+        `repository` is no name, `directory` is no directory or holds a file of somebody's own under the name of one
+        to fetch, or the globs leave nothing.
     ResourceError
         As `list_snapshot`, or `directory` cannot be made.
     """
@@ -96,6 +106,9 @@ def plan_download(
     files = select_files(snapshot, include, exclude)
     with explained(directory):
         present = frozenset(f.name for f in files if _has_size(directory / f.name, f.n_bytes))
+        for f in files:
+            if f.name not in present:
+                check_replaceable(directory, f.name)
         existing = directory.absolute()
         while not existing.exists():
             existing = existing.parent
@@ -126,14 +139,16 @@ def download(
     ------
     ResourceError
         No space, no permission, no connection, no access, or another download into the directory is running.
+    UsageError
+        A file differs from the Hub's and did not come from there.
     VerifyError
         A file has the wrong hash even when fetched again; it was removed.
     """
     if workers < 1:
         raise UsageError("workers", f"is {workers}, expected at least 1")
     if not plan.fits:
-        raise ResourceError(plan.directory, f"{format_bytes(plan.free_bytes)} free, the files to fetch take "
-                            f"{format_bytes(plan.n_bytes_to_fetch)}", hint="free some space, or choose another place")
+        raise ResourceError(plan.directory, f"{format_bytes(plan.free_bytes)} free, the files to fetch need "
+                            f"{format_bytes(plan.n_bytes_needed)}", hint="free some space, or choose another place")
     with held(plan.directory):
         n_orphans = remove_orphans(plan.directory)
         fetched, replaced = [], []
@@ -175,6 +190,8 @@ class FileFetch:
         if self.file.name in self.plan.present:
             if matches(self.path, self.file, self.advance):
                 return self
+            if not self.plan.own:
+                check_replaceable(self.plan.directory, self.file.name)
             self.replaced = True
         else:
             self._fetch(force=False)

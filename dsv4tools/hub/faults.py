@@ -97,7 +97,8 @@ def _explain_status(error: BaseException, repository: str, endpoint: str, log_in
                              f"repository? {log_in}")
     if status is not None and status >= 500:
         return ResourceError(endpoint, f"has a fault of its own ({status})", hint=f"try later; {_KEPT}")
-    return ResourceError(repository, f"the Hub answers with status {status}", hint=_KEPT)
+    return ResourceError(repository, f"the Hub answers with status {status}",
+                         hint=f"check the name, HF_ENDPOINT and any proxy; {_KEPT}")
 
 
 def _root(error: BaseException) -> BaseException:

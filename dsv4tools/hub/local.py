@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4tools.checkpoint.card import RECEIPT
-from dsv4tools.errors import ResourceError
+from dsv4tools.errors import ResourceError, UsageError
 from dsv4tools.files import lock_file, pread_into
 from dsv4tools.outfile import explained
 
@@ -86,6 +86,18 @@ def matches(path: Path, file: RemoteFile, progress: Callable[[int], None]) -> bo
         raise ResourceError(path, f"cannot be read: {e.strerror}") from None
     expected = file.sha256 or file.git_sha1
     return position == file.n_bytes and expected in {None, digest.hexdigest()}
+
+
+def check_replaceable(directory: Path, name: str) -> None:
+    """UsageError if the file `name` is there and did not come from the Hub: it is somebody's own.
+
+    huggingface_hub leaves notes about each file that it fetches: a lock before, and what came after.
+    """
+    path = directory / name
+    notes = [directory / _HUB_FOLDER / f"{name}{suffix}" for suffix in (".metadata", ".lock")]
+    if os.path.lexists(path) and not any(note.exists() for note in notes):
+        raise UsageError(path, "is there already, differs from the file on the Hub and was not fetched from it",
+                         hint="move it away, or choose another directory")
 
 
 def write_receipt(directory: Path, snapshot: Snapshot, files: Iterable[RemoteFile]) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 4
 _SECONDS_OF_SILENCE = 30.0    # the longest wait for a connection, or for the next piece of an answer
-_MAX_SKIPPED_BYTES = 1 << 24  # thrown away where a server sends whole files; more is a download by another name
+MAX_SKIPPED_BYTES = 1 << 24  # thrown away where a server sends whole files; more is a download by another name
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _EXPIRED = frozenset({401, 403, 404, 410})   # what stores say to an address that was signed some time ago
 
@@ -31,11 +31,17 @@ class RangeReader:
 
     The Hub redirects to a store. The address that it names is signed for about an hour: it is used until it is refused,
     so that the Hub itself is asked once for each file and not for each read.
+
+    Attributes
+    ----------
+    sends_whole_files:
+        Whether a whole file came where a part of it was asked for.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._addresses: dict[str, str] = {}
+        self.sends_whole_files = False
 
     def read_into(self, file: RemoteFile, begin: int, out: memoryview) -> None:
         """Fill `out` with the bytes of `file` from position `begin`; asks for these bytes and no others.
@@ -87,7 +93,8 @@ class RangeReader:
         """How many bytes come before those that were asked for: 0 unless the server sends the whole file."""
         where = f"{self._snapshot.repository}: file {file.name!r}"
         if response.status_code == 200:
-            if begin > _MAX_SKIPPED_BYTES:
+            self.sends_whole_files |= n_bytes < file.n_bytes
+            if begin > MAX_SKIPPED_BYTES:
                 raise ResourceError(where, f"bytes from {begin:,} on were asked for, the server sends the whole "
                                     f"file of {format_bytes(file.n_bytes)}",
                                     hint="it serves no parts: use dsv4tools download, and give the directory")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,19 @@ class Schedule:
         """The step of work that needs the shards `names`."""
         return max(map(self.shards.index, names))
 
-    def on_disk(self, step: int) -> list[int]:
-        """The shards that may be on disk during `step` if each is removed after its last use."""
-        held = [i for i in range(step + 1) if self.last_use[i] >= step]
-        return held + list(range(step + 1, min(step + 1 + self.ahead, len(self.shards))))
+    def on_disk(self, step: int, present: Collection[str] = ()) -> list[int]:
+        """The shards that may be on disk during `step` if each is removed after its last use.
 
-    @property
-    def peak_shards(self) -> int:
-        """The largest number of shards on disk at once, if each is removed after its last use."""
-        return max((len(self.on_disk(step)) for step in range(len(self.shards))), default=0)
+        Those that are `present` before the first step are there until then, however far ahead.
+        """
+        return [i for i, name in enumerate(self.shards)
+                if self.last_use[i] >= step and (i <= step + self.ahead or name in present)]
 
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes that they take."""
-        return max((sum(self.n_bytes[i] for i in self.on_disk(step)) for step in range(len(self.shards))), default=0)
+    def peak(self, present: Collection[str] = ()) -> tuple[int, int]:
+        """The largest number of shards on disk at once, and the most bytes, if each is removed after its last use."""
+        moments = [self.on_disk(step, present) for step in range(len(self.shards))]
+        return (max(map(len, moments), default=0),
+                max((sum(self.n_bytes[i] for i in moment) for moment in moments), default=0))
 
 
 def make_schedule(needs: Iterable[set[str]], sizes: Mapping[str, int], ahead: int) -> Schedule:

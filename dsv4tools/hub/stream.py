@@ -15,6 +15,7 @@ from dsv4tools.files import free_bytes
 from dsv4tools.hub.download import DownloadPlan, FileFetch
 from dsv4tools.hub.faults import Cancelled
 from dsv4tools.hub.local import held, remove_orphans
+from dsv4tools.hub.ranges import MAX_SKIPPED_BYTES
 from dsv4tools.hub.remote import RemoteShard, RemoteSource
 from dsv4tools.hub.schedule import Schedule, make_schedule
 from dsv4tools.outfile import SPACE_MARGIN_BYTES
@@ -74,7 +75,8 @@ class StreamPlan:
 def plan_stream(plan: Plan, run: RunOptions) -> StreamPlan | None:
     """How a conversion of `plan` from the beginning fetches its shards; None where they are files of the user's.
 
-    UsageError if shards of a directory are to be deleted, or ``run.shards_ahead`` is out of range.
+    UsageError if shards of a directory are to be deleted, or ``run.shards_ahead`` is out of range; ResourceError if
+    shards are to be deleted and the server does not send parts of such files, which is how rows are looked at later.
     """
     source = _remote_source(plan.checkpoint.shards)
     _check_options(source, run)
@@ -82,9 +84,12 @@ def plan_stream(plan: Plan, run: RunOptions) -> StreamPlan | None:
         return None
     needs = (matrix.shard_names for t in plan.tensors for matrix in t.tensor.sources)
     schedule = make_schedule(needs, _sizes(plan.checkpoint.shards), run.shards_ahead)
+    if run.delete_shards and source.ranges.sends_whole_files and max(schedule.n_bytes, default=0) > MAX_SKIPPED_BYTES:
+        raise ResourceError(source.reference, "the server sends whole files where parts are asked for: rows of a shard "
+                            "that was deleted could not be compared at the end", hint="leave out --delete-shards")
     present = _present(source, schedule)
     total = sum(schedule.n_bytes)
-    peak = (schedule.peak_shards, schedule.peak_bytes) if run.delete_shards else (len(schedule.shards), total)
+    peak = schedule.peak(present) if run.delete_shards else (len(schedule.shards), total)
     return StreamPlan(source.directory, len(schedule.shards), total, sum(present.values()), run.shards_ahead,
                       run.delete_shards, *peak)
 
@@ -196,7 +201,7 @@ class _ShardFeed(Feed):
             present = _present(self._source, self._schedule)
             self._check_room(present)
             files = tuple(self._source.snapshot.files[name] for name in self._schedule.shards)
-            self._plan = DownloadPlan(self._source.snapshot, directory, files, frozenset(present), 0)
+            self._plan = DownloadPlan(self._source.snapshot, directory, files, frozenset(present), 0, own=True)
             self._advance()
             for thread in self._threads:
                 thread.start()
@@ -218,13 +223,15 @@ class _ShardFeed(Feed):
 
     def _check_room(self, present: Mapping[str, int]) -> None:
         directory, schedule = self._source.directory, self._schedule
-        peak = schedule.peak_bytes if self._run.delete_shards else sum(schedule.n_bytes)
+        peak = schedule.peak(present)[1] if self._run.delete_shards else sum(schedule.n_bytes)
         need = max(peak - sum(present.values()), 0)
         free = free_bytes(directory)
         if need and need + SPACE_MARGIN_BYTES > free:
-            less = "fewer --shards-ahead" if self._run.delete_shards else "--delete-shards"
+            less = "use --delete-shards, "
+            if self._run.delete_shards:
+                less = "use fewer --shards-ahead, " if self._run.shards_ahead else ""
             raise ResourceError(directory, f"{format_bytes(free)} free, the shards need {format_bytes(need)}",
-                                hint=f"free some space, use {less}, or name another place by DSV4TOOLS_CACHE")
+                                hint=f"free some space, {less}or name another place by DSV4TOOLS_CACHE")
 
     # -------------------------------------------------------------------------------- the side that fetches shards
 

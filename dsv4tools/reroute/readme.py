@@ -10,7 +10,7 @@ from dsv4tools.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_FRONT_MATTER = re.compile(r"\A(---\r?\n)(.*?)(\r?\n---[ \t]*(?:\r?\n|\Z))", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A(---\r?\n)(.*?)((?:\r?\n|(?<=\n))---[ \t]*(?:\r?\n|\Z))", re.DOTALL)
 REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -20,6 +20,7 @@ def edit_readme(text: str, base_model: str | None, before: int, after: int, wher
     `base_model` is the Hub's name of the checkpoint that was re-routed; None leaves the front matter as it is. Every
     other key keeps its text. InputError if the front matter is not YAML.
     """
+    text = text.removeprefix("\ufeff")   # behind it nobody but us would find the front matter
     match = _FRONT_MATTER.match(text)
     newline = "\r\n" if "\r\n" in text else "\n"
     head, body = (match[0], text[match.end():]) if match else ("", text)
@@ -47,7 +48,7 @@ def _set_base_model(front: str, base_model: str, newline: str, where: object) ->
         raise InputError(where, f"front matter is not valid YAML: {problem}", hint="mend or remove it") from None
     line = f"base_model: {base_model}"
     if node is None:
-        return front + newline + line
+        return front + newline + line if front else line + newline
     if not isinstance(node, yaml.MappingNode) or node.flow_style:
         raise InputError(where, "front matter is no list of 'key: value' lines", hint="mend or remove it")
     for begin, end in _spans(node, "base_model"):
