@@ -118,8 +118,8 @@ def list_policies() -> list[Policy]:
     return [read_policy(path) for path in paths]
 
 
-def load_policy(name: str | Path) -> Policy:
-    """A shipped policy by name, a policy file by path, or ``template`` (also called ``keep``).
+def load_policy(name: str | Path, option: str = "--policy") -> Policy:
+    """A shipped policy by name, a policy file by path, or ``template`` (also called ``keep``); `option` named it.
 
     Raises
     ------
@@ -135,7 +135,7 @@ def load_policy(name: str | Path) -> Policy:
         return read_policy(shipped[str(name)])
     if not os.path.isfile(name):  # noqa: PTH113  - the one in pathlib raises for names that are too long
         known = ", ".join(shipped)
-        raise UsageError("--policy", f"{shown(str(name))} is neither a shipped policy ({known}) nor a file")
+        raise UsageError(option, f"{shown(str(name))} is neither a shipped policy ({known}) nor a file")
     return read_policy(Path(name))
 
 

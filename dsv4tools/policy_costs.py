@@ -16,7 +16,7 @@ import numpy as np
 
 from dsv4tools.derive import UnitDeriver
 from dsv4tools.formats import measure
-from dsv4tools.formats.codecs import decode_rows, decode_source, prepare, self_test
+from dsv4tools.formats.codecs import DECODABLE, decode_rows, decode_source, prepare, self_test
 from dsv4tools.formats.measure import ErrorSums, measure_errors
 from dsv4tools.plan import Unit
 from dsv4tools.verify.roles import FAMILIES, family_of, place_of
@@ -62,12 +62,12 @@ class RoleCost:
         return 8 * self.n_bytes / max(1, self.n_values)
 
     def as_data(self) -> dict[str, Any]:
-        """JSON-ready; the error is None where it has no finite value."""
-        error = self.errors.relative_rmse
+        """JSON-ready; the error is None where it has no finite value, or nothing of the role can be decoded."""
+        error = self.errors.relative_rmse if self.errors.n else None
         return {"role": self.role, "family": self.family, "n_tensors": self.n_tensors, "n_values": self.n_values,
                 "types": dict(self.types), "n_bytes": self.n_bytes, "bits_per_weight": round(self.bits_per_weight, 4),
-                "relative_rmse": error if isfinite(error) else None, "largest_error": self.errors.largest_error,
-                "n_sampled": self.errors.n}
+                "relative_rmse": error if error is not None and isfinite(error) else None,
+                "largest_error": self.errors.largest_error, "n_sampled": self.errors.n}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,8 @@ def _units(plans: Sequence[Plan]) -> Iterator[Unit]:
         for planned, number, first, n_rows in sample_pieces(tensors, N_PIECES):
             matrix = planned.tensor.sources[number]
             for t in types[planned.name].values():
+                if t.format.name not in DECODABLE:   # it is kept as it is in a GGUF; whatever it holds, nothing is lost
+                    continue
                 row_bytes = t.format.row_bytes(matrix.n_cols, t.name)
                 yield Unit(t, matrix, first, n_rows, (number * matrix.n_rows + first) * row_bytes, n_rows * row_bytes)
 

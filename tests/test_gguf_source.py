@@ -161,14 +161,20 @@ def test_and_back_from_ds4_to_llama_cpp(made, tmp_path):
     path = tmp_path / "ds4.gguf"
     path.write_bytes((directory / "q4k.gguf").read_bytes())
     wide = "deepseek4.embedding_length"
+    # What ds4 never reads: a file that was made for it alone need not say these.
+    lacking = {f"deepseek4.{key}" for key in ("embedding_length_out", "expert_gating_func", "rope.scaling.type",
+                                              "swiglu_clamp_shexp")}
     rewrite(path, kvs=lambda kvs: {k: replace(kv, type="u64") if k == wide else kv for k, kv in kvs.items()
-                                   if k != "deepseek4.embedding_length_out"})
+                                   if k not in lacking})
     plan = dt.plan(dt.open_source(path), policy="keep")
     assert set(plan.notes) == {"deepseek4.embedding_length written as u32, the source has u64",
-                               "deepseek4.embedding_length_out added, the source lacks it"}
+                               *(f"{key} added, the source lacks it" for key in lacking)}
     dt.convert(plan, tmp_path / "out.gguf", engines=["llama.cpp"])
     types = {k: f.types for k, f in gguf.GGUFReader(tmp_path / "out.gguf").fields.items()}
     assert types[wide] == types["deepseek4.embedding_length_out"] == [gguf.GGUFValueType.UINT32]
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["deepseek4.expert_gating_func"].contents() == 4   # sqrtsoftplus, the only one that ds4 has
+    assert fields["deepseek4.rope.scaling.type"].contents() == "yarn"
     assert dt.verify(tmp_path / "out.gguf", source=source).ok
 
 
@@ -190,7 +196,7 @@ def test_keep_copies_the_file(made, tmp_path, policy):
     assert done.losses == ()
 
 
-def test_types_without_an_encoder_are_copied(made, tmp_path):
+def test_types_without_an_encoder_are_copied(made, tmp_path, dsv4tools):
     """Here IQ1_S, made of nothing: its blocks are as large as a tensor of this shape has."""
     _, directory = made
     path = tmp_path / "in.gguf"
@@ -198,15 +204,22 @@ def test_types_without_an_encoder_are_copied(made, tmp_path):
     form = FORMATS["IQ1_S"]
 
     def to_iq1(tensors):
-        old, ne, _ = tensors[GATE]
+        _, ne, _ = tensors[GATE]
         noise = np.random.default_rng(0).integers(0, 60, form.n_bytes(ne), np.uint8)   # 60: no scale that is not finite
-        return tensors | {GATE: (form, ne, noise.tobytes())} if old else tensors
+        return tensors | {f"blk.{i}.ffn_gate_exps.weight": (form, ne, noise.tobytes()) for i in range(3)}
 
     rewrite(path, tensors=to_iq1)
-    convert(path, tmp_path / "out.gguf", policy="q4k", tensor_types=[f"{GATE}=keep"])
+    convert(path, tmp_path / "out.gguf", policy="q4k", tensor_types=["blk.*.ffn_gate_exps.weight=keep"])
     assert hashes(tmp_path / "out.gguf")[GATE] == hashes(path)[GATE]
+    arguments = ("policy", "explain", path, "--compare", "keep")
+    roles = {role["role"]: role for role in dsv4tools(*arguments, "--json").data["policies"][0]["roles"]}
+    assert roles["ffn_gate_exps"]["types"] == {"IQ1_S": 3}
+    assert (roles["ffn_gate_exps"]["n_sampled"], roles["ffn_gate_exps"]["relative_rmse"]) == (0, None)
+    assert roles["ffn_up_exps"]["relative_rmse"] == 0
+    (line,) = [line.split() for line in dsv4tools(*arguments).out.splitlines() if line.startswith("ffn_gate_exps")]
+    assert line[-1] == "-"
     assert dt.verify(tmp_path / "out.gguf", source=path).ok
-    with pytest.raises(InputError, match=f"{GATE}': is IQ1_S, which cannot be decoded to become Q4_K"):
+    with pytest.raises(InputError, match=r"gate_exps\.weight': is IQ1_S, which cannot be decoded to become Q4_K"):
         dt.plan(dt.open_source(path), allow_requantize=True)
 
 
@@ -464,6 +477,11 @@ def test_what_is_no_source(made, tmp_path, dsv4tools):
     assert not out.exists()
 
 
+def strange(name, *entry):
+    key = f"deepseek4.{name}"
+    return {"kvs": lambda kvs: kvs | {key: KV(key, *entry)}}
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"kvs": lambda kvs: {k: v for k, v in kvs.items() if k != "deepseek4.expert_count"}},
      "key 'deepseek4.expert_count': is missing"),
@@ -475,6 +493,14 @@ def test_what_is_no_source(made, tmp_path, dsv4tools):
      r"has 1 tensors that nothing uses: blk\.9\.x\.weight"),
     ({"tensors": lambda held: held | {"output_norm.weight": held["output_hc_base.weight"]}},
      r"tensor 'output_norm\.weight' is \[4\], the metadata imply \[256\]"),
+    (strange("embedding_length_out", "arr", [1, 2], "i32"), "embedding_length_out': is an array, expected u32"),
+    (strange("expert_gating_func", "arr", [4, 4], "u32"), "expert_gating_func': is an array, expected u32"),
+    (strange("expert_gating_func", "arr", ["a"], "str"), "expert_gating_func': is an array, expected u32"),
+    (strange("expert_gating_func", "bool", True), "expert_gating_func': is True, expected one of 1, 2, 4"),
+    (strange("expert_gating_func", "u32", 3), "expert_gating_func': is 3, expected one of 1, 2, 4"),
+    (strange("swiglu_clamp_exp", "f32", 10.0), r"swiglu_clamp_exp': is a single value, expected arr\[f32\]"),
+    (strange("swiglu_clamp_exp", "arr", [10.0, 7.0], "f32"), r"is \[10\.0, 7\.0\], expected one and the same value"),
+    (strange("embedding_length_out", "u32", 7), "embedding_length_out': is 7, the other keys imply 1024"),
 ])
 def test_sources_that_do_not_fit_together(made, tmp_path, change, message):
     _, directory = made

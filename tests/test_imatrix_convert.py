@@ -216,23 +216,40 @@ class TestCoverage:
                               ("blk.1.ffn_up_exps.weight.expert.3", 1, ones[:256])], 5, "a.txt"))
         coverage = dt.plan(dt.open_checkpoint(source), imatrix=path).coverage
         assert coverage.covered == (GATE, "blk.1.ffn_up_exps.weight")
-        assert coverage.without_data == {GATE: (1, 2, 3), "blk.1.ffn_up_exps.weight": (0, 1, 2)}
+        assert coverage.without_data == {GATE: (1, 2, 3)}
+        assert coverage.without_entry == {"blk.1.ffn_up_exps.weight": (0, 1, 2)}
         assert len(coverage.missing) == 7
         assert (coverage.n_unused, coverage.unknown) == (1, ("blk.9.x",))
         ended = dsv4tools("convert", source, tmp_path / "o.gguf", "--imatrix", path, "--dry-run")
         assert "importance     a.dat (5 chunks of a.txt), for 2 of the 9 tensors whose types use it" in ended.out
-        assert f"no data of 6 experts, whose columns all weigh the same: {GATE} 1, 2, 3; blk.1.ffn_up" in ended.out
+        assert f"no data of 3 experts, whose columns all weigh the same: {GATE} 1, 2, 3\n" in ended.out
+        assert "no entry of 3 experts, which are encoded as without a matrix: blk.1.ffn_up_exps.weight 0," in ended.out
         assert "none for blk.0.ffn_up_exps.weight, " in ended.out
         assert "1 entries are of no tensor: blk.9.x" in ended.out
         ended = dsv4tools("convert", source, tmp_path / "o.gguf", "--imatrix", path, "--json")
         assert ended.data["imatrix"] == {
             "path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "form": "dat", "n_entries": 4,
             "n_chunks": 5, "chunk_size": 0, "datasets": ["a.txt"]}
-        assert ended.data["imatrix_coverage"]["experts_without_data"][GATE] == [1, 2, 3]
+        assert ended.data["imatrix_coverage"]["experts_without_data"] == {GATE: [1, 2, 3]}
+        assert ended.data["imatrix_coverage"]["experts_without_entry"] == {"blk.1.ffn_up_exps.weight": [0, 1, 2]}
         message = dsv4tools("convert", source, tmp_path / "p.gguf", "--imatrix", path, "--imatrix-strict").failed(3)
         assert "has no entry for 7 of 9 tensors whose types use importance: blk.0.ffn_up_exps.weight, " in message
-        assert f"has no data of some experts: {GATE} 1, 2, 3, blk.1." in message
+        assert "has no entry of some experts: blk.1.ffn_up_exps.weight 0, 1, 2; " in message
+        assert f"has no data of some experts: {GATE} 1, 2, 3; " in message
         assert "leave --imatrix-strict out" in message
+
+    def test_names_of_the_checkpoint_serve_a_gguf_too(self, source, weights, tmp_path):
+        """ds4's quantizer asks for them as well, and files that use them know nothing of where they are used."""
+        path, rng = tmp_path / "a.dat", np.random.default_rng(8)
+        ones = rng.uniform(0.1, 4, (4, 256)).astype(np.float32)
+        path.write_bytes(dat([(f"layers.0.ffn.experts.{i}.w1.weight", 1, ones[i]) for i in range(4)]))
+        dt.convert(dt.plan(dt.open_checkpoint(source), policy="mxfp4"), tmp_path / "mxfp4.gguf")
+        plan = dt.plan(dt.open_source(tmp_path / "mxfp4.gguf"), imatrix=path)
+        assert (plan.coverage.covered, plan.coverage.unknown) == ((GATE,), ())
+        dt.convert(plan, tmp_path / "out.gguf")
+        found = next(payload(t) for t in GGUFReader(tmp_path / "out.gguf").tensors if t.name == GATE)
+        expected = [dt.quantize(x, "Q4_K", ones[i]).tobytes() for i, x in enumerate(weights.gguf(GATE))]
+        assert found == b"".join(expected)
 
     def test_a_type_without_use_for_it(self, source, tmp_path, data, dsv4tools):
         path = tmp_path / "a.dat"

@@ -100,7 +100,7 @@ def test_the_table_has_a_column_of_each_policy(source, dsv4tools):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--compare", "q4k,q9"), "'q9' is neither a shipped policy"),
+    [(("--compare", "q4k,q9"), "--compare: 'q9' is neither a shipped policy"),
      (("--compare", " , "), "expected names of policies"),
      (("--compare", "q4k", "--policy", "q8"), "--compare: was given together with --policy")],
 )  # fmt: skip

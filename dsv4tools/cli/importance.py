@@ -30,10 +30,11 @@ def show_coverage(plan: Plan, label: str) -> None:
     indent = " " * len(label) + "  "
     if coverage.missing:
         show(f"{indent}none for {_some(coverage.missing)}")
-    n_empty = sum(map(len, coverage.without_data.values()))
-    if n_empty:
-        experts = [f"{name} {', '.join(map(str, numbers))}" for name, numbers in coverage.without_data.items()]
-        show(f"{indent}no data of {n_empty} experts, whose columns all weigh the same: {_some(experts, '; ')}")
+    for gaps, kind, effect in ((coverage.without_data, "data", "whose columns all weigh the same"),
+                               (coverage.without_entry, "entry", "which are encoded as without a matrix")):
+        if gaps:
+            experts = [f"{name} {', '.join(map(str, numbers))}" for name, numbers in gaps.items()]
+            show(f"{indent}no {kind} of {sum(map(len, gaps.values()))} experts, {effect}: {_some(experts, '; ')}")
     if coverage.unknown:
         show(f"{indent}{len(coverage.unknown)} entries are of no tensor: {_some(coverage.unknown)}")
 

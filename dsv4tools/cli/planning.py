@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dsv4tools.hub import HubReference
+    from dsv4tools.policy import Policy
 
 _Command = TypeVar("_Command", bound="Callable[..., Any]")
 
@@ -64,9 +65,9 @@ def plan_from_options(source: Path | HubReference, *, policy: str, **options: An
 
 
 def plans_from_options(
-    source: Path | HubReference, policies: Sequence[str], *, experts_per_token: int | None, template_file: Path | None,
-    nan: str, tensor_types: tuple[str, ...], allow_requantize: bool, imatrix: Path | None, imatrix_strict: bool,
-    **families: str | None,
+    source: Path | HubReference, policies: Sequence[str | Policy], *, experts_per_token: int | None,
+    template_file: Path | None, nan: str, tensor_types: tuple[str, ...], allow_requantize: bool, imatrix: Path | None,
+    imatrix_strict: bool, **families: str | None,
 ) -> list[Plan]:
     """A plan for each of `policies`; the source is opened once."""
     checkpoint = open_argument(source)

@@ -106,7 +106,7 @@ def explain_command(source: Path | HubReference, compare: str | None, threads: i
         if not names:
             raise UsageError("--compare", f"is {compare!r}, expected names of policies, with commas between them")
         del options["policy"]
-        plans = plans_from_options(source, names, **options)
+        plans = plans_from_options(source, [load_policy(name, "--compare") for name in names], **options)
         _show_costs(compare_policies(plans, threads=choose_threads(threads)), as_json=as_json)
         return
     plan = plan_from_options(source, **options)
@@ -136,12 +136,12 @@ def _show_costs(costs: list[PolicyCost], *, as_json: bool) -> None:
     for each in zip(*(cost.roles for cost in costs), strict=True):
         row: list[object] = [each[0].role]
         for role in each:
-            error = role.errors.relative_rmse
-            row += ["+".join(role.types), role.n_bytes, f"{role.bits_per_weight:.2f}", f"{error:.3g}"]
+            error = f"{role.errors.relative_rmse:.3g}" if role.errors.n else "-"
+            row += ["+".join(role.types), role.n_bytes, f"{role.bits_per_weight:.2f}", error]
         rows.append(row)
     show_table(rows, right="l" + "lrrr" * len(costs))
     show()
     show_table([(cost.plan.policy.name, format_bytes(cost.plan.total_bytes),
                  f"{cost.bits_per_weight:.2f} bits per weight") for cost in costs])
-    n_sampled = sum(role.errors.n for role in costs[0].roles)
+    n_sampled = max(sum(role.errors.n for role in cost.roles) for cost in costs)
     show(f"error: relative RMSE against the source, measured on {n_sampled} values, the same for all policies")

@@ -64,8 +64,10 @@ class Coverage:
     missing:
         Names of those that get none.
     without_data:
-        Tensor name -> its experts (0 of a single matrix) that no input reached: their columns weigh the same, or they
-        have no entry.
+        Tensor name -> its experts (0 of a single matrix) that no input reached: their columns weigh the same.
+    without_entry:
+        Tensor name -> its experts that have no entry, where others of the tensor have one: they are encoded as without
+        a matrix.
     n_unused:
         Entries of tensors whose types use no importance.
     unknown:
@@ -76,6 +78,7 @@ class Coverage:
     covered: tuple[str, ...]
     missing: tuple[str, ...]
     without_data: Mapping[str, tuple[int, ...]]
+    without_entry: Mapping[str, tuple[int, ...]]
     n_unused: int
     unknown: tuple[str, ...]
 
@@ -84,6 +87,7 @@ class Coverage:
         return {
             "n_tensors": self.n_tensors, "n_covered": len(self.covered), "missing": list(self.missing),
             "experts_without_data": {name: list(numbers) for name, numbers in self.without_data.items()},
+            "experts_without_entry": {name: list(numbers) for name, numbers in self.without_entry.items()},
             "n_unused": self.n_unused, "unknown": list(self.unknown),
         }
 
@@ -110,19 +114,20 @@ def assign_importance(
     InputError
         An entry does not have the size that its tensor needs; no entry is of any tensor (another model); or `strict`.
     """
-    assigned, without_data, asked = {}, {}, set[str]()
+    assigned, without_data, without_entry, asked = {}, {}, {}, set[str]()
     for tensor in users:
         found = _find_vectors(file, tensor, n_groups)
         if found is None:
             continue
         assigned[tensor.name] = found
         asked.update(v[0] for v in found.vectors if v is not None)
-        empty = tuple(_without_data(found))
-        if empty:
+        if empty := tuple(_without_data(found)):
             without_data[tensor.name] = empty
+        if absent := tuple(number for number, vector in enumerate(found.vectors) if vector is None):
+            without_entry[tensor.name] = absent
     names = {name for tensor in tensors for number in range(_n_experts(tensor)) for name in _names(tensor, number)}
     coverage = Coverage(len(users), tuple(assigned), tuple(t.name for t in users if t.name not in assigned),
-                        without_data, sum(name in names and name not in asked for name in file.entries),
+                        without_data, without_entry, sum(name in names and name not in asked for name in file.entries),
                         tuple(name for name in file.entries if name not in names))
     if len(coverage.unknown) == len(file.entries):
         raise InputError(file.path, f"has no entry of any tensor of this model, but {listed(coverage.unknown[:8])}",
@@ -137,9 +142,10 @@ def _refuse_gaps(file: ImatrixFile, coverage: Coverage) -> None:
     if coverage.missing:
         problems.append(f"has no entry for {len(coverage.missing)} of {coverage.n_tensors} tensors whose types use "
                         f"importance: {listed(coverage.missing)}")
-    if coverage.without_data:
-        experts = [f"{name} {', '.join(map(str, numbers))}" for name, numbers in coverage.without_data.items()]
-        problems.append(f"has no data of some experts: {listed(experts)}")
+    for kind, gaps in (("entry", coverage.without_entry), ("data", coverage.without_data)):
+        if gaps:
+            experts = [f"{name} {', '.join(map(str, numbers))}" for name, numbers in gaps.items()]
+            problems.append(f"has no {kind} of some experts: {listed(experts)}")
     if problems:
         raise InputError(file.path, "; ".join(problems), hint="leave --imatrix-strict out, or measure on more text")
 
@@ -152,8 +158,8 @@ def _names(tensor: TemplateTensor, expert: int) -> Iterator[str]:
     """What an entry may be called, the likelier first: ds4's quantizer asks in this order."""
     is_stacked = len(tensor.ne) > 2
     own = [tensor.name]
-    if len(tensor.sources) == _n_experts(tensor):
-        own.append(tensor.sources[expert].weight.name)
+    if len(tensor.source_names) == _n_experts(tensor):
+        own.append(tensor.source_names[expert])
     for name in own:
         if is_stacked:
             yield f"{name}.expert.{expert}"
@@ -193,10 +199,9 @@ def _wrong_size(file: ImatrixFile, entry: Entry, tensor: TemplateTensor, n_group
 
 
 def _without_data(importance: Importance) -> Iterator[int]:
-    """Numbers of the vectors about which nothing is known."""
+    """Numbers of the vectors that stand in the file, but say nothing."""
     for number, found in enumerate(importance.vectors):
         if found is None:
-            yield number
             continue
         entry = importance.file.entries[found[0]]
         if entry.counts[found[1] // entry.values_per_count] == 0:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4tools.checkpoint.config import Config, ConfigReader, parse_config
+from dsv4tools.checkpoint.strict_json import shown
 from dsv4tools.errors import InputError
 from dsv4tools.template.symbols import model_sizes
 from dsv4tools.template.tables import MetadataRow, load_tables
@@ -59,33 +60,38 @@ def read_gguf_config(file: GgufFile) -> Config:
 
 def _plain(file: GgufFile, prefix: str, row: MetadataRow) -> Any:  # noqa: ANN401  - of the row's type
     """A value as config.json would have it; None where there is none."""
-    value = file.value(prefix + row.key)
+    value = _listed(file, prefix, row)
     if value is None:
-        return None
+        return row.implied
     where = f"{file.path}: key {prefix + row.key!r}"
     if row.values:
-        names = {number: name for name, number in row.values.items()}
-        if value not in names:
-            raise InputError(where, f"is {value}, expected one of {', '.join(map(str, names))}")
-        return names[value]
-    is_list = isinstance(value, (list, np.ndarray))
-    if is_list != row.type.startswith("arr["):
-        raise InputError(where, f"is {'an array' if is_list else 'a single value'}, expected {row.type}")
-    if is_list:
-        value = np.asarray(value).tolist()
-        if row.per_layer:
-            n_layers = file.value(f"{prefix}block_count")
-            if not value or len(set(value)) > 1 or (isinstance(n_layers, int) and len(value) < n_layers):
-                raise InputError(where, f"is {value}, expected one and the same value for each of {n_layers} layers")
-            return value[0]
+        name = next((name for name, number in row.values.items() if type(value) is int and value == number), None)
+        if name is None:
+            raise InputError(where, f"is {shown(value)}, expected one of {', '.join(map(str, row.values.values()))}")
+        return name
+    if row.per_layer:
+        n_layers = file.value(f"{prefix}block_count")
+        if not value or len(set(value)) > 1 or (isinstance(n_layers, int) and len(value) < n_layers):
+            raise InputError(where, f"is {shown(value)}, expected one and the same value for each of {n_layers} layers")
+        return value[0]
     return value
+
+
+def _listed(file: GgufFile, prefix: str, row: MetadataRow) -> Any:  # noqa: ANN401  - of the row's type
+    """A value, arrays as lists; InputError where it is an array and should be none, or the other way round."""
+    value = file.value(prefix + row.key)
+    is_list = isinstance(value, (list, np.ndarray))
+    if value is not None and is_list != row.type.startswith("arr["):
+        raise InputError(f"{file.path}: key {prefix + row.key!r}",
+                         f"is {'an array' if is_list else 'a single value'}, expected {row.type}")
+    return np.asarray(value).tolist() if is_list else value
 
 
 def _check_symbols(config: Config, file: GgufFile, prefix: str) -> None:
     """Values that follow from others must be what follows."""
     sizes = model_sizes(config)
     for row in load_tables().metadata:
-        found = file.value(prefix + row.key) if row.symbol else None
+        found = _listed(file, prefix, row) if row.symbol else None
         if row.symbol and found is not None and found != sizes[row.symbol]:
             raise InputError(f"{file.path}: key {prefix + row.key!r}",
-                             f"is {found}, the other keys imply {sizes[row.symbol]}")
+                             f"is {shown(found)}, the other keys imply {sizes[row.symbol]}")

@@ -66,6 +66,7 @@ class MetadataRow:
     values: Mapping[str, int] = field(default_factory=dict)
     per_layer: bool = False
     optional: bool = False
+    implied: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,12 +37,15 @@ class TemplateTensor:
         The source matrices, stacked in this order: one, or one per expert.
     layer:
         Its layer, None for tensors of the whole model.
+    source_names:
+        What a checkpoint calls the sources, whatever they are called where they are read from.
     """
 
     name: str
     ne: tuple[int, ...]
     sources: tuple[Matrix, ...] = field(repr=False)
     layer: int | None
+    source_names: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def holds_integers(self) -> bool:
@@ -86,7 +89,7 @@ def derive_tensors(checkpoint: Checkpoint, tables: ModelTables) -> tuple[tuple[T
             if (matrix.kind is None) != row.integers:
                 raise InputError(matrix.weight.where, f"has dtype {matrix.weight.dtype}, expected "
                                  f"{'I64 expert ids' if row.integers else 'weights'}")
-        tensors.append(TemplateTensor(row.name.format(layer=layer), shape[::-1], sources, layer))
+        tensors.append(TemplateTensor(row.name.format(layer=layer), shape[::-1], sources, layer, tuple(of_row)))
     return tuple(tensors), left_out
 
 
