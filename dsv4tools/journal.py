@@ -118,7 +118,9 @@ def _add_entry(state: JournalState, entry: dict[str, Any]) -> None:
     elif "identity" in entry:
         state.version, state.identity = int(entry["version"]), dict(entry["identity"])
     elif "shards" in entry:
-        shards, inode = dict(entry["shards"]), entry["inode"]
+        shards, inode = entry["shards"], entry["inode"]
+        if not isinstance(shards, dict):
+            raise ValueError("shards")
         inode = [int(each) for each in inode] if isinstance(inode, list) else int(inode)
         state.shards, state.inode = shards, inode
     else:

@@ -1105,7 +1105,7 @@ def test_case_46_the_result_is_looked_at_before_it_has_its_name(source, tmp_path
     out = tmp_path / "out.gguf"
     module = sys.modules["dsv4tools.convert"]
     plan_module = sys.modules["dsv4tools.plan"]
-    real_header = plan_module.Plan.header.func
+    real_header = plan_module.Plan.header.fget
 
     def other_header(self):
         return real_header(self).replace(b"output_norm.weight", b"output_nurm.weight")

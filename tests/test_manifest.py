@@ -49,7 +49,7 @@ def test_reading_in_pieces_changes_nothing(converted, monkeypatch):
 def test_the_mode_is_the_umasks(mask, converted, tmp_path):
     before = os.umask(mask)
     try:
-        write_manifest(converted, tmp_path / "again", {})
+        write_manifest([converted], tmp_path / "again", {})
     finally:
         os.umask(before)
     assert (tmp_path / "again").stat().st_mode & 0o777 == 0o666 & ~mask
@@ -69,9 +69,9 @@ def test_what_cannot_be_hashed_leaves_no_manifest(converted, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(converted.read_bytes()[:-1000])
     with pytest.raises(InputError):
-        write_manifest(broken, tmp_path / "m", {})
+        write_manifest([broken], tmp_path / "m", {})
     with pytest.raises(ResourceError, match="cannot be written"):
-        write_manifest(converted, tmp_path / "nowhere" / "m", {})
+        write_manifest([converted], tmp_path / "nowhere" / "m", {})
     assert not list(tmp_path.glob("m*"))
 
 

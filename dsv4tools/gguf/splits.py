@@ -86,7 +86,8 @@ def scan_split(path: str | os.PathLike[str]) -> tuple[list[GgufFile], list[Findi
         return [], [_error(path.name, message)]
     # The name decides where to look before any file is believed: a count in metadata cannot send us astray.
     paths = [path.with_name(split_name(prefix, index, count)) for index in range(count)]
-    missing = [p.name for p in paths if not p.exists()]
+    there = [p.exists() for p in paths]
+    missing = [p.name for p, exists in zip(paths, there, strict=True) if not exists]
     findings = []
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -94,7 +95,7 @@ def scan_split(path: str | os.PathLike[str]) -> tuple[list[GgufFile], list[Findi
     parts: list[GgufFile] = []
     try:
         for index, part_path in enumerate(paths):
-            if part_path.name in missing:
+            if not there[index]:
                 continue
             part, faults = _scan_part(part_path, index, count)
             findings += faults
