@@ -12,6 +12,8 @@ from dsv4tools import __version__, formats
 if TYPE_CHECKING:
     from dsv4tools.plan import Plan
 
+SOURCE_REVISION = "general.source.revision"
+
 
 @cache
 def kernel_version() -> str:
@@ -37,6 +39,9 @@ def plan_identity(plan: Plan) -> dict[str, Any]:
         "output bytes": plan.total_bytes,
         "template": hashlib.sha256(b"".join(file.header for file in plan.files)).hexdigest()[:16],
     }
+    revisions = [kv.value for kv in plan.kvs if kv.key == SOURCE_REVISION]
+    if revisions:   # the template says it too, but in no words
+        identity["source commit"] = revisions[0]
     if len(plan.files) > 1:
         identity["files"] = f"{' + '.join(str(file.n_bytes) for file in plan.files)} bytes"
     for name, shard in plan.checkpoint.shards.items():

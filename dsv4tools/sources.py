@@ -41,16 +41,15 @@ def open_source(source: str | Path | HubReference | Checkpoint, *, cache: Path |
     if is_reference(source):
         return open_remote(parse_reference(str(source)), cache)
     is_file = os.path.isfile(source)  # noqa: PTH113  - the one in pathlib raises for names that are too long
-    hint = None if os.path.lexists(source) else _name_repository(str(source))
-    if hint is not None:
-        raise InputError(source, "is missing", hint=hint)
+    check_no_repository(source)
     return _open_gguf(Path(source)) if is_file else open_checkpoint(source)
 
 
-def _name_repository(text: str) -> str | None:
-    """What to write for a path that is not there but looks like a repository of the Hub."""
-    match = _REPOSITORY.fullmatch(text)
-    return match and f"if a repository of the Hub is meant: {SCHEME}{match[1]}"
+def check_no_repository(path: str | Path) -> None:
+    """InputError for a path that is not there but looks like a repository of the Hub: it says what to write."""
+    match = _REPOSITORY.fullmatch(str(path))
+    if match is not None and not os.path.lexists(path):
+        raise InputError(path, "is missing", hint=f"if a repository of the Hub is meant: {SCHEME}{match[1]}")
 
 
 def _open_gguf(path: Path) -> GgufSource:

@@ -260,6 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             return
         repository, _ = found
+        commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision) else repository.commit
         siblings = []
         for file in repository.names():
             sibling: dict[str, Any] = {"rfilename": file}
@@ -269,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if is_lfs(file):
                     sibling["lfs"] = {"sha256": sha256, "size": n_bytes, "pointerSize": 135}
             siblings.append(sibling)
-        self._json({"id": name, "modelId": name, "sha": repository.commit, "private": repository.private, "tags": [],
+        self._json({"id": name, "modelId": name, "sha": commit, "private": repository.private, "tags": [],
                     "gated": "manual" if repository.gated else False, "downloads": 0, "likes": 0, "siblings": siblings})
 
     def _tree(self, name: str, revision: str) -> None:
@@ -295,7 +296,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "Entry not found", "EntryNotFound")
             return
         n_bytes, sha256, blob = repository.entry(file)
-        headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{blob}"'}
+        commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision) else repository.commit
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{blob}"'}
         if is_lfs(file):
             headers |= {"X-Linked-Size": str(n_bytes), "X-Linked-Etag": f'"{sha256}"', "ETag": f'"{sha256}"'}
             self.send_response(302)

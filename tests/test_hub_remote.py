@@ -243,7 +243,7 @@ def test_nothing_is_written_to_the_hub(dsv4tools, arguments):
 
 
 @pytest.mark.parametrize("text", [REPO, f"hf:/{REPO}", f"HF://{REPO}", f"https://huggingface.co/{REPO}/"])
-@pytest.mark.parametrize("command", [("convert", "SRC", "--dry-run"), ("policy", "explain", "SRC")])
+@pytest.mark.parametrize("command", [("convert", "SRC", "--dry-run"), ("policy", "explain", "SRC"), ("inspect", "SRC")])
 def test_repositories_by_other_names(dsv4tools, monkeypatch, tmp_path, text, command):
     monkeypatch.chdir(tmp_path)
     line = dsv4tools(*(text if a == "SRC" else a for a in command)).failed(3)

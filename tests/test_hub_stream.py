@@ -333,6 +333,19 @@ def test_it_goes_on_where_it_was(streams, needed, number):
     assert not list(streams.cache.rglob("*.incomplete"))
 
 
+def test_a_branch_that_moved_meanwhile(streams, needed):
+    stopped_at(streams, needed[3], signal.SIGINT)
+    streams.hub.clear()
+    moved = "f" * 40
+    repository = streams.hub.repositories[REPO]
+    repository.commit, repository.revisions = moved, {"main", moved, COMMIT}
+    assert f"source commit is {moved}, was {COMMIT}" in failed(streams.run("--delete-shards"), 2)
+    ended = streams.command("convert", f"{SOURCE}@{COMMIT}", "out.gguf", "--delete-shards")
+    assert ended.code == 0, ended
+    assert sorted(streams.fetched()) == needed[3:]
+    streams.check()
+
+
 def test_streamed_then_from_a_download(streams, local, needed):
     stopped_at(streams, needed[3], signal.SIGINT)
     streams.hub.clear()

@@ -14,6 +14,7 @@ from dsv4tools.gguf.splits import scan_whole
 from dsv4tools.hub.reference import HubReference
 from dsv4tools.imatrix import open_imatrix
 from dsv4tools.sizes import format_bytes
+from dsv4tools.sources import check_no_repository
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +38,7 @@ def inspect(path: Path | HubReference, tensors: bool, as_json: bool) -> None:
         data = describe_checkpoint(open_argument(path))
         show_json(data) if as_json else _show_checkpoint(data)
         return
+    check_no_repository(path)
     with scan_whole(path, template=True) as file:
         if file.value("general.type") == "imatrix" or path.suffix == ".dat":
             data = describe_imatrix(open_imatrix(path))
