@@ -35,8 +35,9 @@ from dsv4tools.formats.codecs import prepare
 source, out, threads = sys.argv[1:]
 plan = dt.plan(dt.open_checkpoint(source))
 prepare({t.format.name for t in plan.tensors} - {"I32"})
+convert = dt.convert   # loads its modules
 started = time.perf_counter()
-dt.convert(plan, out, threads=int(threads), overwrite=True)
+convert(plan, out, threads=int(threads), overwrite=True)
 seconds = time.perf_counter() - started
 try:   # ru_maxrss survives exec: it may be the memory of the process that started this one
     with open("/proc/self/status") as f:
