@@ -48,6 +48,8 @@ from test_faults import NAMESPACE, on_disk
 
 import dsv4tools as dt
 from dsv4tools import lock as lock_module
+from dsv4tools.formats.codecs import prepare
+from dsv4tools.formats.compile import cache_key, cache_root
 from dsv4tools.options import RunOptions
 from dsv4tools.workers import StopRequest
 
@@ -724,14 +726,13 @@ def test_case_32_short_writes(source, pair, tmp_path, monkeypatch):
 
 
 SLOW = """
-import os, sys, time
+import itertools, os, sys, time
 import dsv4tools.cli.convert
 from dsv4tools.cli.main import main
 from dsv4tools.output import OutputFile
-real, n = OutputFile.write, 0
+real, numbers = OutputFile.write, itertools.count(1)
 def write(self, *arguments):
-    global n
-    n += 1
+    n = next(numbers)      # in one step: several threads come here
     if n == 10:
         os.write(2, b"at work\\n")
     while n >= 10 and os.path.exists(sys.argv[3] + ".wait"):
@@ -969,12 +970,13 @@ def test_case_41_the_kernel_cache(what, source, pair, tmp_path):
     """Stale helpers and wrong code: test_formats_compile.py and the self-test before every conversion."""
     cache = tmp_path / "cache"
     if what == "a damaged cache":
-        here = Path(os.environ.get("NUMBA_CACHE_DIR") or Path.home() / ".cache")
-        kernels = next(p for p in (here / "dsv4tools" / "kernels", here / "dsv4tools") if p.is_dir())
-        (cache / "dsv4tools").mkdir(parents=True)
-        newest = max((p for p in kernels.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
-        shutil.copytree(newest, cache / "dsv4tools" / newest.name)
-        for path in cache.rglob("floats*/*.nbc"):
+        prepare(["F32"])
+        kernels = cache_root() / cache_key() / "floats"
+        (cache / "dsv4tools" / cache_key()).mkdir(parents=True)
+        shutil.copytree(kernels, cache / "dsv4tools" / cache_key() / "floats")
+        code = list(cache.rglob("floats*.nbc"))
+        assert code
+        for path in code:
             path.write_bytes(path.read_bytes()[:100])
     else:
         cache.write_text("a file where a directory should be")
